@@ -1,0 +1,123 @@
+"""The entry point: finds the command, loads its module and nothing else, turns errors into one message and a code."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+
+from ..errors import LocalTinkerError
+from . import output
+
+# name -> (module in this package, function, help line), in the order of `--help`: first steps, training, looking back.
+# A function's typer annotations are its flags. One whose only parameter is `argv` gets the words as they came.
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "models": ("models", "models", "List models, the memory they need here, and whether they fit."),
+    "runs": ("runs", "runs", "List, show and compare the runs of a folder."),
+    "doctor": ("doctor", "doctor", "Check GPU, drivers, libraries and caches, and say how to fix what is wrong."),
+}
+
+PROGRAM = "local-tinker"
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0 ok, 1 failed run, 2 usage, 3 environment, 4 out of memory, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except LocalTinkerError as error:
+        output.error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        output.note("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # whoever read the output has left; keep the interpreter from complaining when it flushes
+        sys.stdout = None
+        return 1
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        if len(words) < 2 or words[0] != "help":
+            print(help_text())
+            return 0
+        words = [words[1], "--help"]
+    first, *rest = words
+    if first in ("--version", "-V"):
+        print(f"{PROGRAM} {version()}")
+        return 0
+    name = first.replace("_", "-")
+    if name not in COMMANDS:
+        output.error(_unknown(first))
+        return 2
+    module, function, summary = COMMANDS[name]
+    command = getattr(importlib.import_module(f".{module}", __package__), function)
+    if list(inspect.signature(command).parameters) == ["argv"]:
+        return command(rest) or 0
+    return run_typer(command, rest, name=name, summary=summary)
+
+
+def run_typer(command: Callable, words: list[str], *, name: str, summary: str) -> int:
+    """Parse `words` by the function's typer annotations and call it; its return value, when an int, is the exit code."""
+    import typer
+
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    settings = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda word: word.replace("_", "-")}
+    app.command(name, help=inspect.getdoc(command) or summary, context_settings=settings)(command)
+    try:
+        code = typer.main.get_command(app)(words, prog_name=f"{PROGRAM} {name}", standalone_mode=False)
+    except typer.TyperException as error:
+        output.error(_usage(error, name))
+        return error.exit_code
+    except typer.Abort:
+        output.note("interrupted")
+        return INTERRUPTED
+    return code if isinstance(code, int) else 0
+
+
+def help_text() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, _, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"Usage: {PROGRAM} COMMAND [OPTIONS]",
+            "",
+            "Fine-tune open-weight language models on one machine.",
+            "",
+            "Commands:",
+            *lines,
+            "",
+            "Options:",
+            "  -h, --help     This text; after a command, the command's own.",
+            "  -V, --version  The installed version.",
+        ]
+    )
+
+
+def version() -> str:
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed(PROGRAM)
+    except PackageNotFoundError:
+        return "(not installed: running from a source folder)"
+
+
+def _unknown(word: str) -> str:
+    kind = "option" if word.startswith("-") else "command"
+    choices = ["--help", "--version"] if kind == "option" else list(COMMANDS)
+    close = difflib.get_close_matches(word.replace("_", "-").lower(), choices, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"see `{PROGRAM} --help`"
+    return f"no {kind} {word!r}; {hint}"
+
+
+def _usage(error: Exception, name: str) -> str:
+    possible = getattr(error, "possibilities", None)
+    message = str(getattr(error, "message", error)) if possible else error.format_message()
+    hint = f"did you mean {' or '.join(sorted(possible))}?" if possible else f"see `{PROGRAM} {name} --help`"
+    return f"{message.rstrip('.')}; {hint}"

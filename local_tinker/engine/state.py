@@ -1,0 +1,142 @@
+"""A trainer's state as bytes and back: adapter, moments, value head, reference, counters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..errors import CheckpointError, StateError
+from ..model.adapter import Adapter
+from .base import SavedAdapter, TrainerState
+from .trainer import Trainer
+
+ADAPTER, OPTIMISER, VALUE_HEAD, REFERENCE = (
+    "adapter_model.safetensors",
+    "optimizer.safetensors",
+    "value_head.safetensors",
+    "reference.safetensors",
+)
+
+
+def _host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _named_bytes(adapter: Adapter, flat: Tensor) -> bytes:
+    return save({name: _host(view) for name, view in adapter.named(flat).items()})
+
+
+def saved_adapter(trainer: Trainer) -> SavedAdapter:
+    spec, adapter = trainer.spec, trainer.adapter
+    return SavedAdapter(spec.rank, spec.alpha, spec.paths, _named_bytes(adapter, adapter.master))
+
+
+def geometry(trainer: Trainer) -> dict[str, Any]:
+    """What a state must have in common with the trainer that loads it."""
+    spec, model = trainer.spec, trainer.model
+    return {
+        "base_fingerprint": model.fingerprint,
+        "quantize": model.quantize,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "rank": spec.rank,
+        "alpha": spec.alpha,
+        "dropout": spec.dropout,
+        "paths": list(spec.paths),
+    }
+
+
+def export_state(trainer: Trainer) -> TrainerState:
+    """The state after the last optimiser step.
+
+    Raises:
+        StateError: gradients are pending; they would be lost.
+    """
+    if not trainer.window.empty:
+        raise StateError(
+            f"{trainer.window.calls} forward_backward calls have not been applied and would be lost: "
+            "call optim_step first, or pass discard_gradients=True"
+        )
+    adapter, optimiser = trainer.adapter, trainer.optimiser
+    moments = {f"{moment}.{name}": _host(view) for moment in ("m", "v") for name, view in adapter.named(getattr(optimiser, moment)).items()}
+    moments["count"] = _host(optimiser.count)
+    files = {ADAPTER: _named_bytes(adapter, adapter.master), OPTIMISER: save(moments)}
+    if trainer.value_head is not None:
+        value = trainer.value_optimiser
+        tensors = {"value_head": trainer.value_head, "m": value.m, "v": value.v, "count": value.count}
+        files[VALUE_HEAD] = save({name: _host(tensor) for name, tensor in tensors.items()})
+    if trainer.reference is not None:
+        files[REFERENCE] = _named_bytes(adapter, trainer.reference)
+    meta = {
+        "geometry": geometry(trainer),
+        "step": trainer.step,
+        "calls": trainer.calls,
+        "uid": trainer.uid,
+        "seed": trainer.spec.seed,
+        "value_head": trainer.value_head is not None,
+        "reference": trainer.reference is not None,
+    }
+    return TrainerState(files, meta)
+
+
+@torch.no_grad()
+def import_state(trainer: Trainer, state: TrainerState) -> None:
+    """Continue from a saved state. Everything is checked before anything changes.
+
+    Raises:
+        CheckpointError: another base, geometry or a missing part, with what differs.
+    """
+    _compare(geometry(trainer), state.meta["geometry"])
+    adapter = trainer.adapter
+    fresh = {name: torch.zeros_like(adapter.master) for name in ("master", "m", "v")}
+    adapter.load(fresh["master"], load(state.files[ADAPTER]), what=ADAPTER)
+    moments = load(_part(state, OPTIMISER))
+    for moment in ("m", "v"):
+        named = {key[2:]: tensor for key, tensor in moments.items() if key.startswith(f"{moment}.")}
+        adapter.load(fresh[moment], named, what=f"{OPTIMISER} ({moment})")
+    value = load(_part(state, VALUE_HEAD)) if state.meta["value_head"] else None
+    reference = None
+    if state.meta["reference"]:
+        reference = torch.zeros_like(adapter.compute)
+        adapter.load(reference, load(_part(state, REFERENCE)), what=REFERENCE)
+    if value is not None:
+        trainer.ensure_value_head()
+        if value["value_head"].shape != trainer.value_head.shape:
+            raise CheckpointError(f"{VALUE_HEAD} has {value['value_head'].shape[0]} values, this model's needs {trainer.value_head.shape[0]}")
+    adapter.master.copy_(fresh["master"])
+    trainer.optimiser.m.copy_(fresh["m"])
+    trainer.optimiser.v.copy_(fresh["v"])
+    trainer.optimiser.count.copy_(moments["count"])
+    adapter.refresh()
+    trainer.reference = reference
+    if value is None:
+        trainer.value_head = trainer.value_optimiser = trainer.value_window = None
+    else:
+        trainer.value_head.copy_(value["value_head"])
+        trainer.value_optimiser.m.copy_(value["m"])
+        trainer.value_optimiser.v.copy_(value["v"])
+        trainer.value_optimiser.count.copy_(value["count"])
+    trainer.discard_gradients()
+    trainer.calls, trainer.uid = state.meta["calls"], state.meta["uid"]
+
+
+def _part(state: TrainerState, name: str) -> bytes:
+    if name not in state.files:
+        raise CheckpointError(f"the state has no {name}; it was saved by another version or is incomplete")
+    return state.files[name]
+
+
+def _compare(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    differing = [
+        f"{key}: saved {_short(theirs.get(key))}, here {_short(value)}" for key, value in ours.items() if theirs.get(key) != value
+    ]
+    if differing:
+        raise CheckpointError(f"this state belongs to another trainer ({'; '.join(differing)})")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} modules ({', '.join(value[:2])}, ...)"
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 24 else repr(value)

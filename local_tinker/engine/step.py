@@ -1,0 +1,226 @@
+"""One call over its micro-batches: pack -> forward -> loss -> backward -> gradients of sums.
+
+Shapes: N packed tokens of a micro-batch, M of them with a loss, K targets a token, H hidden, S datums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.pack import pack
+from ..errors import UsageError
+from ..losses.base import LossData, LossInputs, LossSpec, LossTerms, Metric, combine_metrics
+from ..model.attention import VarlenCausal
+from ..model.head import target_logprobs
+from ..model.load import LoadedModel
+from ..model.lora import LoraDropout, LoraPair
+from .base import Unit
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An adapter as a pass reads it: pairs in the compute type and their scale; the head's own pair apart."""
+
+    pairs: Mapping[str, LoraPair]
+    scale: float
+    head_path: str
+
+    @property
+    def body(self) -> dict[str, LoraPair]:
+        return {path: pair for path, pair in self.pairs.items() if path != self.head_path}
+
+    @property
+    def head(self) -> LoraPair | None:
+        return self.pairs.get(self.head_path)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Documents one after the other, with everything the pass needs already on the device.
+
+    Attributes:
+        tokens, positions: (N,). lengths: of each document. rows: (M,) positions whose log-probs the loss reads.
+        targets: (M,) or (M, K). fields: name -> (M,) or (M, K). segments: (M,) document of each row.
+        pairs: (P, 2) documents of each preference pair, or None. datums: index in the call of each document.
+        spans: per document, its rows as offsets into the document (host).
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...]
+    rows: Tensor
+    targets: Tensor
+    fields: dict[str, Tensor]
+    segments: Tensor
+    pairs: Tensor | None
+    datums: tuple[int, ...]
+    spans: tuple[np.ndarray, ...]
+
+
+@dataclass
+class Outcome:
+    """A call's sums, still on the device; reading them is what waits."""
+
+    total: Tensor | float = 0.0
+    weight: Tensor | float = 0.0
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    logprobs: list[tuple[MicroBatch, Tensor]] = field(default_factory=list)
+    values: list[tuple[MicroBatch, Tensor]] = field(default_factory=list)
+    reference: list[tuple[MicroBatch, Tensor]] = field(default_factory=list)
+
+
+def cut(units: Sequence[Unit], *, budget: int) -> list[list[int]]:
+    """Units -> micro-batches of at most `budget` tokens, longest first; a unit is never cut."""
+    return pack([[datum.length for datum in unit] for unit in units], budget=budget)
+
+
+def micro_batch(units: Sequence[Unit], chosen: Sequence[int], spec: LossSpec, *, device: torch.device) -> MicroBatch:
+    """Concatenate the chosen units' datums; the host knows all lengths and rows, so nothing waits for the device."""
+    first = np.cumsum([0, *(len(unit) for unit in units)])
+    datums = [(int(first[u]) + i, datum) for u in chosen for i, datum in enumerate(units[u])]
+    names = _field_names([datum for _, datum in datums], spec)
+    spans, tokens, offset = [], [], 0
+    rows, segments = [], []
+    fields: dict[str, list[np.ndarray]] = {name: [] for name in ("target_tokens", *names)}
+    for segment, (_, datum) in enumerate(datums):
+        inputs = datum.loss_fn_inputs
+        length = datum.length
+        weights = inputs.get("weights")
+        span = np.arange(length) if spec.rows == "all" or weights is None else np.flatnonzero(_any_column(weights))
+        for name, column in fields.items():
+            column.append(inputs[name][span] if name in inputs else np.ones(len(span), np.float32))
+        tokens.append(np.asarray(datum.model_input.to_ints(), np.int64))
+        spans.append(span)
+        rows.append(span + offset)
+        segments.append(np.full(len(span), segment, np.int64))
+        offset += length
+    lengths = tuple(len(t) for t in tokens)
+
+    def put(parts: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
+
+    packed = {name: put(column) for name, column in fields.items()}
+    pair_ids = _pairs([len(units[u]) for u in chosen])
+    return MicroBatch(
+        tokens=put(tokens),
+        positions=put([np.arange(n, dtype=np.int64) for n in lengths]),
+        lengths=lengths,
+        rows=put(rows),
+        targets=packed.pop("target_tokens"),
+        fields=packed,
+        segments=put(segments),
+        pairs=None if pair_ids is None else torch.from_numpy(pair_ids).to(device),
+        datums=tuple(index for index, _ in datums),
+        spans=tuple(spans),
+    )
+
+
+def _any_column(weights: np.ndarray) -> np.ndarray:
+    return weights if weights.ndim == 1 else (weights != 0).any(axis=1)
+
+
+def _field_names(datums: Sequence[Any], spec: LossSpec) -> list[str]:
+    """Every field that a datum of the call carries, `weights` aside in all of them or in none."""
+    names = sorted({name for datum in datums for name in datum.loss_fn_inputs} - {"target_tokens"})
+    for name in names:
+        lacking = [i for i, datum in enumerate(datums) if name not in datum.loss_fn_inputs]
+        if lacking and name != "weights":
+            raise UsageError(f"{spec.name!r}: field {name!r} is in some datums of the batch and not in others; give it in all or none")
+    return names
+
+
+def _pairs(sizes: Sequence[int]) -> np.ndarray | None:
+    if all(size == 1 for size in sizes):
+        return None
+    assert all(size == 2 for size in sizes), "a unit is one datum, or a (chosen, rejected) pair"
+    first = np.arange(0, 2 * len(sizes), 2, dtype=np.int64)
+    return np.stack([first, first + 1], axis=1)
+
+
+def run_forward(
+    model: LoadedModel,
+    micro: MicroBatch,
+    weights: Weights,
+    *,
+    needs: frozenset[str] = frozenset(),
+    reference: Weights | None = None,
+    value_head: Tensor | None = None,
+    recompute: bool = False,
+    dropout: LoraDropout | None = None,
+) -> LossInputs:
+    """The model over one micro-batch: log-probs of the targets and what else the loss `needs`.
+
+    The reference runs over the same micro-batch through the same kernels, so equal weights give equal bits.
+    """
+    hidden = _hidden(model, micro, weights, recompute=recompute, dropout=dropout)
+    logprobs, entropy = target_logprobs(
+        hidden, model.head, micro.targets, pair=weights.head, lora_scale=weights.scale, entropy="entropy" in needs
+    )
+    values = None
+    if "values" in needs:
+        assert value_head is not None
+        values = hidden.to(value_head.dtype) @ value_head[:-1] + value_head[-1]  # (M,)
+    reference_logprobs = None
+    if "reference" in needs:
+        assert reference is not None
+        with torch.no_grad():
+            other = _hidden(model, micro, reference)
+            reference_logprobs, _ = target_logprobs(
+                other, model.head, micro.targets, pair=reference.head, lora_scale=reference.scale
+            )
+    return LossInputs(logprobs, entropy, values, reference_logprobs)
+
+
+def _hidden(
+    model: LoadedModel, micro: MicroBatch, weights: Weights, *, recompute: bool = False, dropout: LoraDropout | None = None
+) -> Tensor:
+    """Final hidden states of the rows the loss reads, (M, H)."""
+    cu_seqlens = [0, *np.cumsum(micro.lengths).tolist()]
+    hidden = model.road.hidden(
+        micro.tokens,
+        positions=micro.positions,
+        attend=VarlenCausal(cu_seqlens, model.device),
+        pairs=weights.body,
+        scale=weights.scale,
+        recompute=recompute,
+        dropout=dropout,
+    )
+    return hidden[micro.rows]
+
+
+def loss_terms(spec: LossSpec, out: LossInputs, micro: MicroBatch, options: Mapping[str, Any]) -> LossTerms:
+    data = LossData(fields=micro.fields, segments=micro.segments, n_segments=len(micro.lengths), pairs=micro.pairs)
+    return spec.fn(out, data, **options)
+
+
+def record(outcome: Outcome, micro: MicroBatch, out: LossInputs, terms: LossTerms | None) -> None:
+    """Add a micro-batch to the call's sums, without waiting for the device."""
+    outcome.logprobs.append((micro, out.logprobs.detach()))
+    if out.values is not None:
+        outcome.values.append((micro, out.values.detach()))
+    if out.reference_logprobs is not None:
+        outcome.reference.append((micro, out.reference_logprobs))
+    if terms is not None:
+        outcome.total = outcome.total + terms.total.detach()
+        outcome.weight = outcome.weight + terms.weight
+        outcome.metrics = combine_metrics([outcome.metrics, terms.metrics])
+
+
+def per_datum(parts: Sequence[tuple[MicroBatch, Tensor]], count: int) -> list[np.ndarray]:
+    """Rows back to their datums, in the order given; positions the loss did not read are 0."""
+    found: list[np.ndarray | None] = [None] * count
+    for micro, packed in parts:
+        host, at = packed.cpu().numpy(), 0
+        for index, length, span in zip(micro.datums, micro.lengths, micro.spans, strict=True):
+            full = np.zeros((length, *host.shape[1:]), host.dtype)
+            full[span] = host[at : at + len(span)]
+            found[index] = full
+            at += len(span)
+    assert all(f is not None for f in found)
+    return found

@@ -1,0 +1,246 @@
+"""Causal attention over packed documents, and the function that puts it into transformers' own modules.
+
+`VarlenCausal` is what training attends with. `register` makes the same available to any transformers model, so that the
+plain road packs documents exactly as the fast road does.
+
+Shapes: N packed tokens, Hq query heads, Hkv key-value heads (Hq a multiple), D head dimension, L queries and K keys of
+one document (its last L tokens ask).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import ModelError
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    _VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
+except ImportError:  # torch before 2.10
+    varlen_attn, _VARLEN_TAKES = None, frozenset()
+
+ATTENTION_NAME = "local_tinker"
+QUERY_BLOCK = 1024  # rows of soft-capped scores that exist at once
+
+
+class Attend(Protocol):
+    """Called once a layer with rotated, packed q (N, Hq, D) and k, v (N, Hkv, D)."""
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor: ...
+
+
+class VarlenCausal:
+    """Each document attends causally to itself alone.
+
+    Args:
+        cu_seqlens: document i holds tokens cu_seqlens[i] to cu_seqlens[i + 1]; starts with 0, ends with N.
+        device: where the tokens will be.
+    """
+
+    def __init__(self, cu_seqlens: Sequence[int], device: torch.device | str) -> None:
+        self.cu_seqlens = [int(edge) for edge in cu_seqlens]
+        lengths = [stop - start for start, stop in pairwise(self.cu_seqlens)]
+        assert self.cu_seqlens[0] == 0 and lengths and min(lengths) > 0, (
+            f"cu_seqlens {self.cu_seqlens} must rise from 0"
+        )
+        self.max_length = max(lengths)
+        self.device = torch.device(device)
+        # Only the CUDA kernel reads it there; one small copy a micro-batch, not one a layer.
+        on_gpu = self.device.type == "cuda"
+        self.edges = torch.tensor(self.cu_seqlens, dtype=torch.int32, device=device) if on_gpu else None
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        """-> (N, Hq, D)."""
+        if window is not None and window >= self.max_length:
+            window = None
+        if attention_kernel(q.device, q.dtype, q.shape[-1], softcap) == "varlen":
+            extra = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in _VARLEN_TAKES else {}
+            past = -1 if window is None else window - 1
+            return varlen_attn(
+                q,
+                k,
+                v,
+                self.edges,
+                self.edges,
+                self.max_length,
+                self.max_length,
+                scale=scale,
+                window_size=(past, 0),
+                **extra,
+            )
+        outputs = [
+            attend_document(q[i:j], k[i:j], v[i:j], scale=scale, window=window, softcap=softcap)
+            for i, j in pairwise(self.cu_seqlens)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def attention_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None) -> str:
+    """The name of what `VarlenCausal` runs: "varlen", "sdpa per document" or "capped softmax per document"."""
+    if softcap is not None:
+        return "capped softmax per document"  # neither kernel can cap
+    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+    # The kernel takes fewer key-value heads as they are; releases that know `enable_gqa` want to be told.
+    return "varlen" if "window_size" in _VARLEN_TAKES and device.type == "cuda" and fits else "sdpa per document"
+
+
+def attend_document(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None, softcap: float | None = None
+) -> Tensor:
+    """One document: q (L, Hq, D) are its last L positions, k, v (K, Hkv, D) all of them -> (L, Hq, D)."""
+    if softcap is not None:
+        return _capped(q, k, v, scale=scale, window=window, softcap=softcap)
+    queries, keys = q.shape[0], k.shape[0]
+    if q.is_cuda and q.shape[1] != k.shape[1]:
+        # The memory-efficient CUDA kernel wants equal heads; without it SDPA would build all K x K scores.
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    if window is not None and window >= keys:
+        window = None
+    causal = queries == keys > 1 and window is None
+    sees_all = queries == 1 and window is None
+    mask = None if causal or sees_all else _band(queries, keys, window, q.device)
+    out = F.scaled_dot_product_attention(
+        *(t.transpose(0, 1)[None] for t in (q, k, v)),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+def _band(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(L, K), True where query i (at position K - L + i) sees key j: i - window < j <= i."""
+    i = torch.arange(keys - queries, keys, device=device)[:, None]
+    j = torch.arange(keys, device=device)[None]
+    return j <= i if window is None else (j <= i) & (j > i - window)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float) -> Tensor:
+    """Soft-capped scores (Gemma 2, arXiv 2408.00118), a block of queries at a time so that memory stays linear."""
+    queries, keys = q.shape[0], k.shape[0]
+    block = partial(_capped_block, scale=scale, window=window, softcap=softcap)
+    if queries <= QUERY_BLOCK:
+        return block(q, k, v)
+    outputs = []
+    for start in range(0, queries, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, queries)
+        end = keys - queries + stop  # keys up to the block's last position
+        begin = 0 if window is None else max(0, end - (stop - start) - window + 1)
+        args = (q[start:stop], k[begin:end], v[begin:end])
+        outputs.append(
+            checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+            if torch.is_grad_enabled()
+            else block(*args)
+        )
+    return torch.cat(outputs)
+
+
+def _capped_block(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k, v = (t.repeat_interleave(group, dim=1).transpose(0, 1) for t in (k, v))
+    scores = (q.transpose(0, 1) @ k.transpose(1, 2)).to(wide) * scale  # (Hq, L, K)
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~_band(q.shape[0], k.shape[1], window, q.device), -torch.inf)
+    return (scores.softmax(-1).to(v.dtype) @ v).transpose(0, 1)
+
+
+def attend_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Sequence[int],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The definition, over the whole (N, N): softmax(cap(scale q k^T) + mask) v. Kernels are tested against it."""
+    lengths = torch.tensor([stop - start for start, stop in pairwise(cu_seqlens)])
+    document = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(q.device)
+    at = torch.arange(q.shape[0], device=q.device)
+    seen = (document[:, None] == document) & (at[:, None] >= at)
+    if window is not None:
+        seen &= at[:, None] - at < window
+    group = q.shape[1] // k.shape[1]
+    scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(group, dim=1)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hij,jhd->ihd", weights, v.repeat_interleave(group, dim=1))
+
+
+def register() -> None:
+    """Offer our attention to transformers models as `attn_implementation="local_tinker"`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION_NAME, transformers_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, no_mask)
+
+
+def no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
+    """Our attention masks by itself; it must not be handed padding to mask."""
+    if attention_mask is not None:
+        raise ModelError(
+            "padded rows were given; local_tinker attention takes whole or packed documents, without a mask"
+        )
+
+
+def transformers_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    attend: Attend | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query (B, Hq, L, D), key, value (B, Hkv, K, D) -> (B, L, Hq, D).
+
+    With `attend`, given to the model's forward by keyword, the row is a pack and `attend` sees it. Without, every row
+    is one document of which the last L positions ask (a cache holds the others).
+
+    Raises:
+        ModelError: sinks, dropout, a mask or bidirectional attention, none of which is implemented here.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    asked = {
+        "attention sinks": s_aux is not None,
+        "attention dropout": dropout > 0,
+        "a mask": attention_mask is not None,
+    }
+    asked["bidirectional attention"] = not causal
+    for what, wanted in asked.items():
+        if wanted:
+            raise ModelError(f"{type(module).__name__} asks for {what}, which local_tinker attention does not do")
+    options = dict(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling, window=sliding_window, softcap=softcap
+    )
+    rows = [tuple(t[row].transpose(0, 1) for t in (query, key, value)) for row in range(query.shape[0])]
+    if attend is None:
+        return torch.stack([attend_document(*row, **options) for row in rows]), None
+    if len(rows) != 1:
+        raise ModelError(f"got {len(rows)} rows with attend=; a pack is one row")
+    return attend(module.layer_idx, *rows[0], **options)[None], None

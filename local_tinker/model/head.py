@@ -1,0 +1,186 @@
+"""Hidden states -> log-probabilities of target tokens, in chunks; full logits never exist.
+
+With the head frozen, d logp_t / d h_t = W[y_t] - sum_v p_v W_v does not depend on the loss. One forward pass computes the
+log-probs and stores that H-vector, and the backward is a multiplication, for every loss of log-probs alike.
+
+Shapes: N packed tokens, H hidden, V vocabulary, K targets a position, C rows of one chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .lora import LoraPair
+
+CHUNK = 1024  # rows; (C, V) fp32 logits of a 128k vocabulary are then 0.5 GiB
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The output projection and what the model does to its logits.
+
+    Args:
+        weight: (V, H), frozen, in the compute type.
+        bias: (V,) or None.
+        softcap: logits become cap * tanh(logits / cap) (Gemma 2).
+        scale: logits are multiplied by it before the cap.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    # CPUs have no bf16 product with fp32 output, so there the weight is widened once: 4 bytes a weight, exact logits.
+    wide: Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.weight.device.type == "cpu" and self.weight.dtype in (torch.bfloat16, torch.float16):
+            object.__setattr__(self, "wide", self.weight.float())
+
+    def raw(self, h: Tensor, pair: LoraPair | None = None, lora_scale: float = 1.0) -> Tensor:
+        """h (C, H) -> h W^T + s (h A^T) B^T + b (C, V) in fp32 (fp64 for fp64 input), before scale and cap."""
+        if self.wide is not None:
+            z = h.float() @ self.wide.t()
+        elif h.is_cuda and h.dtype in (torch.bfloat16, torch.float16):
+            z = torch.mm(h, self.weight.t(), out_dtype=torch.float32)
+        else:
+            z = h @ self.weight.t()
+        if pair is not None:
+            a, b = pair
+            z = torch.addmm(z, (h @ a.t()).to(z.dtype), b.t().to(z.dtype), alpha=lora_scale)
+        return z if self.bias is None else z + self.bias.to(z.dtype)
+
+    def shape(self, z: Tensor) -> Tensor:
+        """Scale and soft-cap raw logits."""
+        z = z if self.scale == 1.0 else z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def logits(self, h: Tensor, pair: LoraPair | None = None, lora_scale: float = 1.0) -> Tensor:
+        """h (N, H) -> (N, V) fp32 (fp64 for fp64 input)."""
+        return self.shape(self.raw(h, pair, lora_scale))
+
+    def slope(self, z: Tensor) -> Tensor | float:
+        """d shaped / d raw, from shaped logits."""
+        return self.scale if self.softcap is None else self.scale * (1.0 - (z / self.softcap) ** 2)
+
+
+def target_logprobs(
+    h: Tensor,
+    head: Head,
+    targets: Tensor,
+    *,
+    pair: LoraPair | None = None,
+    lora_scale: float = 1.0,
+    entropy: bool = False,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor | None]:
+    """log p(target) with gradient for h (and the head's adapter pair, when there is one).
+
+    Args:
+        h: (N, H) final hidden states. targets: (N,) or (N, K) int64. chunk: rows computed at a time.
+        entropy: also return the distribution's entropy in nats (N,), without gradient.
+
+    Returns:
+        log-probs of the shape of `targets`, fp32 (fp64 for fp64 input), and the entropy or None.
+    """
+    columns = targets if targets.ndim == 2 else targets[:, None]
+    if pair is not None:
+        logprobs, spread = _AdaptedHead.apply(h, pair[0], pair[1], head, columns, lora_scale, entropy, chunk)
+    else:
+        logprobs, spread = _FrozenHead.apply(h, head, columns, entropy, chunk)
+    return (logprobs if targets.ndim == 2 else logprobs[:, 0]), (spread if entropy else None)
+
+
+def _chunk_logprobs(z: Tensor, y: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Shaped logits (C, V), targets (C, K) -> log-probs (C, K), probabilities (C, V), entropy (C,)."""
+    lse = z.logsumexp(1, keepdim=True)
+    logprobs = z.gather(1, y) - lse
+    p = torch.exp(z - lse)
+    spread = lse[:, 0] - (p * z).sum(1) if entropy else None
+    return logprobs, p, spread
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h: Tensor, head: Head, y: Tensor, entropy: bool, chunk: int):
+        n, k = y.shape
+        wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+        logprobs = torch.empty(n, k, device=h.device, dtype=wide)
+        spread = torch.empty(n if entropy else 0, device=h.device, dtype=wide)
+        need = ctx.needs_input_grad[0]
+        mean = torch.empty_like(h) if need else None  # sum_v p_v s_v W_v, or W[y] s_y minus it when K == 1
+        slopes = torch.empty(n, k, device=h.device, dtype=wide) if need and k > 1 else None
+        for start in range(0, n, chunk):
+            rows = slice(start, start + chunk)
+            z = head.logits(h[rows])
+            logprobs[rows], p, chunk_spread = _chunk_logprobs(z, y[rows], entropy)
+            if entropy:
+                spread[rows] = chunk_spread
+            if not need:
+                continue
+            slope = head.slope(z)
+            p *= slope
+            if k == 1:
+                at = slope.gather(1, y[rows]) if torch.is_tensor(slope) else torch.full_like(logprobs[rows], slope)
+                p.neg_().scatter_add_(1, y[rows], at)
+            else:
+                slopes[rows] = slope.gather(1, y[rows]) if torch.is_tensor(slope) else slope
+            mean[rows] = _times_weight(p, head, h.dtype)
+        ctx.save_for_backward(mean, slopes, y)
+        ctx.head = head
+        ctx.mark_non_differentiable(spread)
+        return logprobs, spread
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        mean, slopes, y = ctx.saved_tensors
+        if slopes is None:
+            return mean * grad.to(mean.dtype), None, None, None, None
+        weight = ctx.head.weight[y].to(grad.dtype)  # (N, K, H)
+        dh = torch.einsum("nk,nkh->nh", grad * slopes, weight) - grad.sum(1, keepdim=True) * mean.to(grad.dtype)
+        return dh.to(mean.dtype), None, None, None, None
+
+
+def _times_weight(g: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
+    """(C, V) @ W (V, H): in fp32 where a widened weight exists, else in the compute type."""
+    return (g @ head.wide).to(dtype) if head.wide is not None else g.to(dtype) @ head.weight
+
+
+class _AdaptedHead(torch.autograd.Function):
+    """The head with a trained adapter: its chunks are recomputed in backward, since dA and dB need the softmax again."""
+
+    @staticmethod
+    def forward(ctx, h, a, b, head: Head, y: Tensor, scale: float, entropy: bool, chunk: int):
+        logprobs, spreads = [], []
+        for start in range(0, h.shape[0], chunk):
+            z = head.logits(h[start : start + chunk], (a, b), scale)
+            chunk_logprobs, _, spread = _chunk_logprobs(z, y[start : start + chunk], entropy)
+            logprobs.append(chunk_logprobs)
+            spreads.append(spread if entropy else chunk_logprobs.new_empty(0))
+        ctx.save_for_backward(h, a, b, y)
+        ctx.head, ctx.scale, ctx.chunk = head, scale, chunk
+        spread = torch.cat(spreads)
+        ctx.mark_non_differentiable(spread)
+        return torch.cat(logprobs), spread
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        h, a, b, y = ctx.saved_tensors
+        head, scale = ctx.head, ctx.scale
+        dh = torch.empty_like(h)
+        da, db = torch.zeros_like(a, dtype=grad.dtype), torch.zeros_like(b, dtype=grad.dtype)
+        for start in range(0, h.shape[0], ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            z = head.logits(h[rows], (a, b), scale)
+            _, dz, _ = _chunk_logprobs(z, y[rows], False)
+            dz.mul_(-grad[rows].sum(1, keepdim=True)).scatter_add_(1, y[rows], grad[rows])
+            dz *= head.slope(z)  # (C, V)
+            thin = dz @ b.to(dz.dtype)  # (C, R)
+            wide_h = h[rows].to(dz.dtype)
+            dh[rows] = _times_weight(dz, head, h.dtype) + (scale * (thin @ a.to(dz.dtype))).to(h.dtype)
+            da += scale * (thin.t() @ wide_h)
+            db += scale * (dz.t() @ (wide_h @ a.to(dz.dtype).t()))
+        return dh, da.to(a.dtype), db.to(b.dtype), None, None, None, None, None

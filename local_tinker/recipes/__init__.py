@@ -1,0 +1,19 @@
+"""Known-good training loops: one module an objective, a `Config` and a loop each."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from ..errors import UsageError
+from .config import nearest
+
+# loss -> module in this package with `Config` and `main(config, *, dry_run, resume)`
+RECIPES = {"sft": "sft", "dpo": "dpo", "grpo": "grpo", "ppo": "ppo"}
+
+
+def find_recipe(loss: str) -> ModuleType:
+    """The recipe's module; an unknown name raises with the nearest."""
+    if loss not in RECIPES:
+        raise UsageError(f"no recipe for loss {loss!r}{nearest(loss, RECIPES)}; there are {', '.join(RECIPES)}")
+    return importlib.import_module(f".{RECIPES[loss]}", __package__)

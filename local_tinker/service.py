@@ -1,0 +1,199 @@
+"""ServiceClient: finds the hardware, names the models, makes the other clients."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import read_folder
+from .errors import CheckpointError, UsageError
+from .hardware import Hardware, detect
+from .notices import Notices
+
+if TYPE_CHECKING:
+    from .engine.base import BaseInfo, SavedAdapter
+    from .engine.local import LocalEngine
+    from .sampling import SamplingClient
+    from .training import TrainingClient
+
+# One engine a device in this process, shared by every ServiceClient, so that running a notebook cell again loads nothing
+# twice. The one module global of the package.
+_ENGINES: dict[str, LocalEngine] = {}
+_ENGINES_LOCK = threading.Lock()
+
+
+class ServiceClient:
+    """The way in. Making one finds the hardware and loads nothing.
+
+    Args:
+        device: "cuda" or "cpu"; None takes the GPU when there is one.
+        quiet: keep notices (fallbacks, dropped rows, decisions) to itself instead of saying each once on stderr.
+    """
+
+    def __init__(self, *, device: str | None = None, quiet: bool = False) -> None:
+        self.hardware: Hardware = detect()
+        if device not in (None, "cuda", "cpu"):
+            raise UsageError(f"device must be 'cuda', 'cpu' or None, got {device!r}")
+        if device == "cuda" and self.hardware.kind != "cuda":
+            raise UsageError("device='cuda' was asked for and no CUDA device was found; run `local-tinker doctor`")
+        self._device = device or self.hardware.kind
+        self._say = Notices((lambda line: None)) if quiet else Notices()
+
+    def models(self) -> list[dict[str, Any]]:
+        """One dict a known model: name, parameters, quantisation, planned peak, status on this hardware, whether on disk."""
+        from .model.catalogue import model_table
+
+        return model_table(self.hardware)
+
+    def create_lora_training_client(
+        self,
+        base_model: str,
+        *,
+        rank: int = 32,
+        alpha: float = 32.0,
+        quantize: str | None = "4bit",
+        target_modules: str | Sequence[str] = "all-linear",
+        train_unembed: bool = False,
+        dropout: float = 0.0,
+        seed: int = 42,
+        dtype: str | None = None,
+        max_length: int | None = None,
+        overlong: str = "drop",
+        adapter: str | Path | None = None,
+        micro_batch_tokens: int | None = None,
+    ) -> TrainingClient:
+        """A LoRA adapter on a frozen base, ready to train.
+
+        Args:
+            base_model: a hub id, a folder or a catalogue alias (`models()` lists them).
+            rank, alpha: the update is (alpha / rank) B A; alpha 32 at every rank is Tinker's constant.
+            quantize: "4bit" (NF4, double quantised), "8bit" (row-wise int8) or None, for the frozen base.
+            target_modules: "all-linear", or module names such as ["q_proj", "v_proj"].
+            train_unembed: also adapt the output head.
+            dropout: on the adapter's input; refused outside SFT.
+            seed: of the adapter's initial values, dropout and unseeded sampling.
+            dtype: compute type; None is bfloat16 where the hardware has it, else float32.
+            max_length: longest datum in tokens; None is the model's context.
+            overlong: what happens to longer rows: "drop" (counted), "truncate_prompt" or "error".
+            adapter: start from this saved adapter instead of a fresh one; its weights are then the reference of DPO and
+                KL terms. Its rank, alpha and modules are used.
+            micro_batch_tokens: tokens computed at a time; None lets the memory plan decide. Changes speed, not results.
+        """
+        from .engine.base import AdapterOptions
+        from .training import TrainingClient
+
+        options = AdapterOptions(
+            rank=_whole("rank", rank),
+            alpha=_positive("alpha", alpha),
+            targets=target_modules if isinstance(target_modules, str) else tuple(target_modules),
+            train_unembed=train_unembed,
+            dropout=_share("dropout", dropout),
+            seed=_whole("seed", seed, least=0),
+            micro_batch_tokens=None if micro_batch_tokens is None else _whole("micro_batch_tokens", micro_batch_tokens),
+        )
+        start = None if adapter is None else self._adapter(adapter)
+        engine, base = self._load(base_model, quantize=quantize, dtype=dtype)
+        if start is not None:
+            _check_base(start[1], base, adapter)
+        trainer_id = engine.create_trainer(base.id, options, start=None if start is None else start[0])
+        return TrainingClient(
+            engine, base, trainer_id, options=options, max_length=max_length, overlong=overlong, say=self._say
+        )
+
+    def create_training_client_from_state(self, path: str | Path) -> TrainingClient:
+        """Continue from what `save_state` wrote, in this process or a fresh one: weights, moments, step and randomness.
+
+        Raises:
+            CheckpointError: a damaged folder, or a base model that is not the one it was trained on.
+        """
+        checkpoint = read_folder(Path(path))
+        meta = checkpoint.meta
+        if meta.get("kind") != "state":
+            raise CheckpointError(f"{path} is a saved {meta.get('kind', 'folder')}, not a training state; use what save_state wrote")
+        trainer = self.create_lora_training_client(**meta["client"])
+        trainer.load_state(path)
+        return trainer
+
+    def create_sampling_client(
+        self,
+        base_model: str | Path,
+        *,
+        quantize: str | None = "4bit",
+        dtype: str | None = None,
+        seed: int = 42,
+    ) -> SamplingClient:
+        """Sample from a model, an adapter folder or a saved state.
+
+        Args:
+            base_model: a hub id, folder or alias; or a folder that `save_adapter` or `save_state` (or PEFT) wrote, whose
+                base is then loaded too.
+            seed: of unseeded requests.
+        """
+        from .data.render import Renderer
+        from .sampling import SamplingClient
+
+        adapter, trained_on = None, frozenset()
+        if (Path(base_model) / "adapter_model.safetensors").is_file():
+            adapter, config, meta = self._adapter(base_model)
+            base_model, trained_on = config["base_model_name_or_path"], frozenset(meta.get("trained_on", ()))
+            saved = meta.get("client", {})
+            quantize, dtype = saved.get("quantize", quantize), dtype or saved.get("dtype")
+        engine, base = self._load(str(base_model), quantize=quantize, dtype=dtype)
+        snapshot = engine.adapter_snapshot(base.id, adapter, seed=seed)
+        renderer = Renderer(base.tokenizer, stop_ids=base.stop_ids)
+        return SamplingClient(engine, snapshot, base, renderer, trained_on=trained_on, say=self._say)
+
+    def close(self) -> None:
+        """Release every model of this process's engine for the device. Clients made from it stop working."""
+        with _ENGINES_LOCK:
+            engine = _ENGINES.pop(self._device, None)
+        if engine is not None:
+            engine.release_all()
+
+    def __enter__(self) -> ServiceClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _adapter(self, path: str | Path) -> tuple[SavedAdapter, dict, dict]:
+        from .adapter_folder import read_adapter
+
+        return read_adapter(path)
+
+    def _load(self, name: str, *, quantize: str | None, dtype: str | None) -> tuple[LocalEngine, BaseInfo]:
+        from .engine.local import LocalEngine
+        from .model.catalogue import resolve
+
+        source = resolve(str(name), say=self._say)
+        with _ENGINES_LOCK:
+            engine = _ENGINES.setdefault(self._device, LocalEngine(self._device))
+        chosen = dtype or ("bfloat16" if self.hardware.bf16 else "float32")
+        base = engine.load_base(str(source.path), name=source.name, quantize=quantize, dtype=chosen, say=self._say)
+        return engine, base
+
+
+def _check_base(config: dict, base: BaseInfo, path: str | Path) -> None:
+    made_for = config.get("base_model_name_or_path")
+    if made_for and made_for != base.name and Path(made_for).name != Path(base.name).name:
+        raise CheckpointError(f"the adapter {path} was made for {made_for}, and the base model is {base.name}")
+
+
+def _whole(name: str, value: Any, *, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"{name} must be a whole number >= {least}, got {value!r}")
+    return value
+
+
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise UsageError(f"{name} must be a number > 0, got {value!r}")
+    return float(value)
+
+
+def _share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise UsageError(f"{name} must be in [0, 1), got {value!r}")
+    return float(value)

@@ -1,0 +1,316 @@
+"""TrainingClient: gradients in, steps out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .adapter_folder import CONFIG, adapter_config, write_adapter
+from .checkpoint import read_folder, write_folder
+from .data.datum import validate_datums
+from .data.prepare import to_units
+from .data.render import Renderer
+from .engine.base import AdapterOptions, BaseInfo, LossCall, TrainerState, Unit
+from .engine.local import LocalEngine
+from .errors import CheckpointError, UsageError
+from .losses import find_loss
+from .losses.base import LossSpec, check_options
+from .notices import Notices
+from .objectives import RolloutCall, RolloutMemory, grpo_call, policy_units, ppo_call
+from .sampling import SamplingClient
+from .types import AdamParams, Completion, Datum, LossResult, Rollout, StepResult
+
+OVERLONG = ("drop", "truncate_prompt", "error")
+_ROLLOUT_LOSSES = ("grpo", "ppo", "importance_sampling", "cispo", "dro")
+_NO_DROPOUT = ("dpo", "grpo", "ppo", "importance_sampling", "cispo", "dro")
+
+
+class TrainingClient:
+    """One LoRA adapter on a frozen base. Made by `ServiceClient.create_lora_training_client`.
+
+    A call that fails, however it fails, leaves weights, gradients, optimiser and randomness as before it.
+    """
+
+    def __init__(
+        self,
+        engine: LocalEngine,
+        base: BaseInfo,
+        trainer_id: str,
+        *,
+        options: AdapterOptions,
+        max_length: int | None,
+        overlong: str,
+        say: Notices,
+    ) -> None:
+        if overlong not in OVERLONG:
+            raise UsageError(f"overlong must be one of {', '.join(map(repr, OVERLONG))}, got {overlong!r}")
+        if max_length is not None and not 2 <= max_length <= base.max_positions:
+            raise UsageError(f"max_length must be between 2 and the model's context of {base.max_positions}, got {max_length}")
+        self._engine, self._base, self._id = engine, base, trainer_id
+        self._options, self._say = options, say
+        self._max_length, self._overlong = max_length or base.max_positions, overlong
+        self._renderer = Renderer(base.tokenizer, stop_ids=base.stop_ids)
+        self._trained_on: set[str] = set()
+        self._memory = RolloutMemory()
+        self._close = weakref.finalize(self, engine.release, "trainer", trainer_id)
+
+    @property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer of the base model."""
+        return self._base.tokenizer
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps applied."""
+        return self._engine.step_count(self._id)
+
+    @property
+    def base_model(self) -> str:
+        return self._base.name
+
+    @property
+    def renderer(self) -> Renderer:
+        """Rows -> tokens and which of them are trained, exactly as `forward_backward` does it."""
+        return self._renderer
+
+    def close(self) -> None:
+        """Release the adapter, its gradients and moments."""
+        self._close()
+
+    # -- passes ------------------------------------------------------------------------------------------------------
+
+    def forward_backward(self, batch: Any, rewards: Any = None, loss_fn: str | None = None, **options: Any) -> LossResult:
+        """Add the gradient of `batch` to what `optim_step` will apply.
+
+        Args:
+            batch: rows (`messages`; `prompt` + `completion`; `text`; alpaca; sharegpt; `prompt` + `chosen` + `rejected`), a dict of
+                equal-length columns, strings, a Hugging Face tensor dict, `Datum`s, or completions and rollouts of a sampler.
+            rewards: for completions: one each, nested like them or flat. A string here is the `loss_fn` (Tinker's order).
+            loss_fn: "sft" (default), "dpo", "grpo", "ppo"; Tinker's "cross_entropy", "importance_sampling", "ppo" (on Datums),
+                "cispo", "dro". `options` are that loss's; unknown ones raise.
+
+        Returns:
+            The loss: for "sft", "dpo", "grpo" and "ppo" on rollouts its mean over this call; for Tinker's losses the sum.
+
+        Raises:
+            UsageError, DatasetError: input that cannot be meant, naming the row and what to do. Nothing has changed then.
+        """
+        made = self._call(batch, rewards, loss_fn, options, fix=False)
+        return _with_metrics(self._engine.forward_backward(self._id, made.call), made.metrics)
+
+    def forward(self, batch: Any, rewards: Any = None, loss_fn: str | None = None, **options: Any) -> LossResult:
+        """The loss without gradient. With `loss_fn="ppo"` and rewards it also fixes old values and advantages for the rollout:
+        later `forward_backward` calls on any of its completions use them."""
+        made = self._call(batch, rewards, loss_fn, options, fix=True)
+        return _with_metrics(self._engine.forward(self._id, made.call), made.metrics)
+
+    def forward_backward_custom(self, batch: Any, fn: Callable[..., Any], loss_fn: str = "cross_entropy") -> LossResult:
+        """Train on a loss of your own: `fn(data, logprobs) -> (loss, metrics)`, any torch function of per-token log-probs.
+
+        Args:
+            fn: gets the `Datum`s and, aligned with each datum's positions, a list of float tensors (N,) that require grad; it
+                returns a scalar tensor and a dict of numbers. It may be called once a batch, never inside the model's backward.
+            loss_fn: how rows of `batch` are read: "cross_entropy" for single examples, "dpo" for preference rows (the data are
+                then chosen, rejected, chosen, ...).
+
+        The loss C is a sum with divisor 1, as written: its gradient is that of sum_i w_i log p_i with w = dC/dlog p.
+        """
+        import torch
+
+        units = self._units(batch, "dpo" if loss_fn == "dpo" else "sft")
+        data = [datum for unit in units for datum in unit]
+        plain = [(Datum(d.model_input, {"target_tokens": d.loss_fn_inputs["target_tokens"]}, d.source),) for d in data]
+        scored = self._engine.forward(self._id, LossCall(plain, "cross_entropy"))
+        logprobs = [torch.from_numpy(values).requires_grad_(True) for values in scored.logprobs]
+        loss, metrics = fn(data, logprobs)
+        if not torch.is_tensor(loss) or loss.numel() != 1:
+            raise UsageError(f"the custom loss must be a scalar tensor, got {type(loss).__name__}")
+        gradients = torch.autograd.grad(loss, logprobs, allow_unused=True)
+        weights = [np.zeros(len(lp), np.float32) if g is None else g.numpy() for g, lp in zip(gradients, logprobs, strict=True)]
+        linear = [(Datum(d.model_input, {"target_tokens": d.loss_fn_inputs["target_tokens"], "weights": w}, d.source),) for d, w in zip(data, weights, strict=True)]
+        validate_datums([unit[0] for unit in linear], self._base.vocab_size, negative_weights=True)
+        self._engine.forward_backward(self._id, LossCall(linear, "linear"))
+        value = float(loss.detach())
+        return LossResult(lambda: (value, {k: float(v) for k, v in metrics.items()}, [lp.detach().numpy() for lp in logprobs]))
+
+    def optim_step(self, params: AdamParams | Mapping[str, Any] | None = None, **changes: float) -> StepResult:
+        """Apply the accumulated gradient: divide, clip, AdamW, clear.
+
+        Args:
+            params: Tinker's `AdamParams`; its fields may be given (or overridden) by keyword: `learning_rate`, `beta1`, `beta2`,
+                `eps`, `weight_decay`, `grad_clip_norm`.
+
+        Raises:
+            StateError: nothing was accumulated.
+        """
+        fields = AdamParams.__dataclass_fields__
+        unknown = [name for name in changes if name not in fields]
+        if unknown:
+            raise UsageError(f"optim_step has no option {unknown[0]!r}; it takes {', '.join(fields)}")
+        given = params if params is not None else AdamParams()
+        values = {name: getattr(given, name) for name in fields if hasattr(given, name)}
+        return self._engine.optim_step(self._id, AdamParams(**{**values, **changes}))
+
+    def _call(self, batch: Any, rewards: Any, loss_fn: str | None, options: Mapping[str, Any], *, fix: bool) -> RolloutCall:
+        if isinstance(rewards, str):
+            if loss_fn is not None:
+                raise UsageError(f"the second argument {rewards!r} is read as the loss_fn, and loss_fn={loss_fn!r} was given too")
+            rewards, loss_fn = None, rewards
+        spec = find_loss(loss_fn or "sft")
+        if self._options.dropout and spec.name in _NO_DROPOUT:
+            raise UsageError(f"dropout={self._options.dropout} makes log-probs of {spec.name!r} random; create the client with dropout=0")
+        if _holds_rollouts(batch):
+            return self._rollout_call(batch, rewards, spec, options, fix=fix)
+        if rewards is not None:
+            raise UsageError(f"rewards were given with a batch of {_kind(batch)}; rewards belong to completions of a sampler")
+        if spec.name == "grpo":
+            raise UsageError("grpo takes the groups that sample_batch(prompts, n=8) returns and their rewards")
+        chosen, _ = check_options(spec, options)
+        return RolloutCall(LossCall(self._units(batch, spec.name, spec), spec.name, chosen))
+
+    def _rollout_call(self, batch: Any, rewards: Any, spec: LossSpec, options: Mapping[str, Any], *, fix: bool) -> RolloutCall:
+        if spec.name not in _ROLLOUT_LOSSES:
+            chosen, _ = check_options(spec, options)
+            return RolloutCall(LossCall(self._units(batch, spec.name, spec), spec.name, chosen))
+        base, score = self._base.fingerprint[:8], self._score
+        version = self._engine.version(self._id)
+        if spec.name == "grpo":
+            if rewards is None:
+                raise UsageError("grpo needs rewards: forward_backward(completions, rewards, loss_fn='grpo')")
+            return grpo_call(batch, rewards, options, base=base, version=version, score=score, memory=self._memory, say=self._say)
+        if spec.name == "ppo":
+            return ppo_call(batch, rewards, options, base=base, version=version, score=score, memory=self._memory, fix=fix)
+        if rewards is None:
+            raise UsageError(f"{spec.name} on completions takes their advantages as the second argument")
+        chosen, _ = check_options(spec, options)
+        return RolloutCall(LossCall(policy_units(batch, rewards, spec, base=base), spec.name, chosen))
+
+    def _units(self, batch: Any, loss: str, spec: LossSpec | None = None) -> list[Unit]:
+        prepared = to_units(
+            batch, loss=loss, renderer=self._renderer, max_length=self._max_length, overlong=self._overlong, say=self._say
+        )
+        validate_datums([d for unit in prepared.units for d in unit], self._base.vocab_size)
+        if spec is not None:
+            _check_fields(prepared.units, spec)
+        self._trained_on |= set(getattr(prepared, 'kinds', ()))
+        return prepared.units
+
+    def _score(self, units: Sequence[Unit], *, values: bool = False, reference: bool = False):
+        return self._engine.score(self._id, units, values=values, reference=reference)
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def save_weights_and_get_sampling_client(self) -> SamplingClient:
+        """A sampler of the weights as they are now; training on leaves its answers unchanged."""
+        snapshot = self._engine.snapshot(self._id)
+        return SamplingClient(
+            self._engine, snapshot, self._base, self._renderer, trained_on=frozenset(self._trained_on), say=self._say
+        )
+
+    def save_adapter(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the adapter as a folder that plain PEFT loads, with tokenizer, chat template and a card."""
+        adapter = self._engine.export_adapter(self._id)
+        return write_adapter(
+            path,
+            adapter,
+            base_name=self._base.name,
+            linear_paths=self._engine.linear_paths(self._base.id),
+            tokenizer=self._base.tokenizer,
+            chat_template=self._renderer.template,
+            meta=self._meta(self.step),
+            overwrite=overwrite,
+        )
+
+    def save_state(
+        self, path: str | Path, *, overwrite: bool = False, discard_gradients: bool = False, extra: Mapping[str, Any] | None = None
+    ) -> Path:
+        """Write everything training continues from: weights, moments, step, randomness. Whole or not at all.
+
+        Args:
+            discard_gradients: drop gradients that no `optim_step` has applied; without it they make this raise.
+            extra: JSON values to keep with it, such as a data position; `load_state` returns them.
+        """
+        if discard_gradients:
+            self._engine.discard_gradients(self._id)
+        state = self._engine.export_state(self._id)
+        adapter = self._engine.export_adapter(self._id)
+        config = adapter_config(adapter, base_name=self._base.name, linear_paths=self._engine.linear_paths(self._base.id))
+        from .checkpoint import dump_json
+
+        meta = {"kind": "state", **self._meta(state.meta["step"]), "state": state.meta, "extra": dict(extra or {})}
+        return write_folder(path, {**state.files, CONFIG: dump_json(config)}, meta=meta, overwrite=overwrite)
+
+    def load_state(self, path: str | Path) -> dict[str, Any]:
+        """Continue from what `save_state` wrote; returns its `extra`.
+
+        Raises:
+            CheckpointError: damaged, or saved by a trainer with another base model or geometry; nothing has changed then.
+        """
+        checkpoint = read_folder(Path(path))
+        if checkpoint.meta.get("kind") != "state":
+            raise CheckpointError(f"{path} is a saved {checkpoint.meta.get('kind', 'folder')}, not a training state")
+        files = {name: checkpoint.bytes(name) for name in checkpoint.manifest if name.endswith(".safetensors")}
+        self._engine.import_state(self._id, TrainerState(files, checkpoint.meta["state"]))
+        self._trained_on = set(checkpoint.meta["trained_on"])
+        self._memory = RolloutMemory()
+        return checkpoint.meta["extra"]
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        options = self._options
+        client = {
+            "base_model": self._base.name,
+            "rank": options.rank,
+            "alpha": options.alpha,
+            "quantize": self._base.quantize,
+            "target_modules": options.targets if isinstance(options.targets, str) else list(options.targets),
+            "train_unembed": options.train_unembed,
+            "dropout": options.dropout,
+            "seed": options.seed,
+            "dtype": self._base.dtype,
+            "max_length": self._max_length,
+            "overlong": self._overlong,
+            "micro_batch_tokens": options.micro_batch_tokens,
+        }
+        return {"client": client, "step": step, "trained_on": sorted(self._trained_on), "base_fingerprint": self._base.fingerprint}
+
+
+def _with_metrics(result: LossResult, extra: Mapping[str, float]) -> LossResult:
+    if not extra:
+        return result
+    return LossResult(lambda: (float(result), {**extra, **result.metrics}, result.logprobs))
+
+
+def _holds_rollouts(batch: Any) -> bool:
+    """Completions or rollouts, flat or in groups; a group that holds plain text among them is one to refuse later."""
+    if isinstance(batch, (str, Mapping)) or not isinstance(batch, Sequence):
+        return False
+    for item in batch:
+        if isinstance(item, (Completion, Rollout)):
+            return True
+        if isinstance(item, (list, tuple)) and any(isinstance(one, (Completion, Rollout, str)) for one in item):
+            return True
+    return False
+
+
+def _check_fields(units: Sequence[Unit], spec: LossSpec) -> None:
+    datums = [d for unit in units for d in unit]
+    for i, datum in enumerate(datums):
+        lacking = [name for name in spec.required_fields if name not in datum.loss_fn_inputs and name != "weights"]
+        if lacking:
+            raise UsageError(
+                f"datum {i} has no {lacking[0]!r}, which {spec.name!r} needs; its loss_fn_inputs are "
+                f"{', '.join(sorted(datum.loss_fn_inputs)) or 'empty'}"
+            )
+
+
+def _kind(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return "columns"
+    try:
+        return f"{type(next(iter(batch))).__name__}s"
+    except (TypeError, StopIteration):
+        return type(batch).__name__

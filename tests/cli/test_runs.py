@@ -1,0 +1,119 @@
+"""The `runs` command: list, show and compare, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from local_tinker.checkpoint import write_folder
+from local_tinker.cli.runs import runs
+from local_tinker.errors import UsageError
+from local_tinker.runs import Run
+from local_tinker.track import JsonlTracker, TrackedRun
+
+
+@pytest.fixture
+def history(tmp_path):
+    """A root with a finished and a failed run."""
+    made = []
+    for name, rank, losses in (("alpha", 8, [2.0, 0.123456789]), ("beta", 16, [2.0, math.nan])):
+        run = Run.create(tmp_path / "runs", name, config={"rank": rank, "lr": 0.1}, seeds={"sampler": 7})
+        tracker = JsonlTracker(TrackedRun(run.path))
+        for step, loss in enumerate(losses, start=1):
+            tracker.log(step, {"loss": loss})
+        tracker.close()
+        write_folder(run.checkpoints / "step-2", {"f": b"1"}, meta={"step": 2})
+        made.append(run)
+    made[0].finish("finished")
+    made[1].finish("failed", "loss is nan\nat step 2")
+    return tmp_path / "runs", *made
+
+
+def test_listing_shows_one_line_a_run_with_its_end(history, capsys):
+    root, alpha, beta = history
+    for words in (["list", "--root", str(root)], ["--root", str(root)]):
+        assert runs(words) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].split() == ["RUN", "STATUS", "STEP", "LOSS", "TIME", "CAUSE"]
+        assert lines[1].split() == [alpha.id, "finished", "2", "0.123457", "0:00:00"]
+        assert lines[2].split() == [beta.id, "failed", "2", "nan", "0:00:00", "loss", "is", "nan", "at", "step", "2"]
+        assert len(lines) == 3
+
+
+def test_listing_an_empty_folder_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert runs([]) == 0
+    assert capsys.readouterr().out == "no runs in runs\n"
+
+
+def test_json_is_valid_even_with_a_diverged_loss(history, capsys):
+    root, alpha, beta = history
+
+    def refuse(text):
+        raise AssertionError(text)
+
+    runs(["list", "--json", "--root", str(root)])
+    rows = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert [(row["id"], row["status"]) for row in rows] == [(alpha.id, "finished"), (beta.id, "failed")]
+    assert rows[1]["metrics"] == {"step": 2, "loss": "nan"}
+    runs(["show", beta.id, "--json", "--root", str(root)])
+    shown = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert shown["config"] == {"rank": 16, "lr": 0.1} and shown["checkpoints"] == ["step-2"]
+    runs(["compare", alpha.id, beta.id, "--json", "--root", str(root)])
+    compared = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert compared["config"] == {"rank": [8, 16]} and compared["metrics"]["loss"] == [0.123456789, "nan"]
+
+
+def test_show_tells_how_it_ended_and_what_it_can_resume_from(history, capsys):
+    root, _, beta = history
+    runs(["show", beta.id, "--root", str(root)])
+    out = capsys.readouterr().out
+    for part in ("failed (loss is nan", "checkpoints  step-2", "rank  16", "sampler  7", "loss  nan", str(beta.path)):
+        assert part in out
+
+
+def test_a_run_is_found_by_the_start_of_its_id_or_its_folder(history, capsys):
+    root, alpha, beta = history
+    for word in (beta.id, beta.id[: beta.id.index("beta") + 2], str(beta.path)):
+        assert runs(["show", word, "--root", str(root)]) == 0
+        assert capsys.readouterr().out.startswith(beta.id)
+    with pytest.raises(UsageError, match=f"starts 2 runs: {alpha.id}, {beta.id}"):
+        runs(["show", beta.id[:4], "--root", str(root)])
+    with pytest.raises(UsageError, match=f"did you mean {beta.id}"):
+        runs(["show", beta.id.replace("beta", "betta"), "--root", str(root)])
+
+
+def test_compare_shows_the_differences_and_both_final_metrics(history, capsys):
+    root, alpha, beta = history
+    runs(["compare", alpha.id, beta.id, "--root", str(root)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["CONFIG", alpha.id, beta.id] in lines and ["rank", "8", "16"] in lines
+    assert ["loss", "0.123457", "nan"] in lines
+    assert not any(line and line[0] == "lr" for line in lines)
+    runs(["compare", alpha.id, alpha.id, "--root", str(root)])
+    assert capsys.readouterr().out.startswith("config: the same\n")
+
+
+def test_wrong_actions_and_flags_are_usage_errors(history, capsys):
+    with pytest.raises(UsageError, match="did you mean list"):
+        runs(["lsit"])
+    assert runs(["show"]) == 2
+    assert runs(["list", "--rot", "x"]) == 2
+    assert "--root" in capsys.readouterr().err
+    for words in (["--help"], ["show", "--help"]):
+        assert runs(words) == 0
+        assert "Usage: local-tinker runs" in capsys.readouterr().out
+
+
+def test_the_command_loads_no_torch(tmp_path):
+    code = (
+        "import sys; from local_tinker.cli.runs import runs; runs([]); assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from local_tinker.engine.optimiser import FlatAdamW, GradientWindow
+from local_tinker.types import AdamParams
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-7), (torch.float64, 1e-14)])
+def test_a_hundred_steps_equal_torch_adamw_with_a_rate_that_changes_each_step(dtype, tolerance):
+    torch.manual_seed(0)
+    ours = torch.randn(500, dtype=dtype) * 0.1
+    theirs = torch.nn.Parameter(ours.clone())
+    reference = torch.optim.AdamW([theirs], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimiser = FlatAdamW(ours)
+    for i in range(100):
+        gradient = torch.randn(500, dtype=dtype) * (0.01 if i % 3 else 1.0)  # clipped every third step
+        rate = 1e-3 * (1 + i % 7)
+        theirs.grad = gradient.clone()
+        norm = torch.nn.utils.clip_grad_norm_([theirs], 1.0)
+        reference.param_groups[0]["lr"] = rate
+        reference.step()
+        reported, skipped = optimiser.step(gradient, AdamParams(learning_rate=rate, weight_decay=0.1))
+        assert float(reported) == pytest.approx(float(norm), rel=1e-5) and skipped == 0
+    assert float((ours - theirs.detach()).abs().max()) < tolerance
+    assert int(optimiser.count) == 100
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_changes_no_bit(value):
+    master = torch.randn(50)
+    optimiser = FlatAdamW(master)
+    optimiser.step(torch.randn(50), AdamParams())
+    before = [t.clone() for t in (master, optimiser.m, optimiser.v, optimiser.count)]
+    bad = torch.randn(50)
+    bad[7] = value
+    _, skipped = optimiser.step(bad, AdamParams())
+    assert skipped == 1
+    for now, then in zip((master, optimiser.m, optimiser.v, optimiser.count), before, strict=True):
+        assert torch.equal(now, then)
+
+
+def test_clip_zero_turns_clipping_off():
+    master = torch.zeros(4, dtype=torch.float64)
+    gradient = torch.tensor([300.0, -400.0, 0.0, 0.0], dtype=torch.float64)
+    norm, _ = FlatAdamW(master).step(gradient, AdamParams(learning_rate=1.0, grad_clip_norm=0.0, eps=100.0))
+    # First step: m / (1 - b1) = g, sqrt(v / (1 - b2)) = |g|; update = g / (|g| + eps)
+    assert float(norm) == 500.0
+    assert master.tolist() == pytest.approx([-0.75, 0.8, 0.0, 0.0])
+
+
+def test_updates_below_a_bf16_step_are_not_swallowed():
+    master = torch.ones(1)
+    optimiser = FlatAdamW(master)
+    for _ in range(1000):
+        optimiser.step(torch.ones(1), AdamParams(learning_rate=1e-4))
+    assert float(master) == pytest.approx(0.9, rel=1e-4)
+    assert float(master.bfloat16()) != 1.0
+
+
+def window():
+    return GradientWindow(2, torch.float64, torch.device("cpu"))
+
+
+def test_one_normaliser_divides_the_sum_of_gradients_by_the_sum_of_weights():
+    w = window()
+    for gradient, weight in (([2.0, 4.0], 3.0), ([1.0, 0.0], 1.0)):
+        w.buffer("sft").add_(torch.tensor(gradient, dtype=torch.float64))
+        w.add_weight("sft", weight)
+        w.calls += 1
+    assert w.gradient().tolist() == [0.75, 1.0]
+
+
+def test_two_losses_are_separately_normalised_terms_that_add():
+    w = window()
+    w.buffer("sft").add_(torch.tensor([8.0, 0.0]))
+    w.add_weight("sft", 4.0)
+    w.buffer("none").add_(torch.tensor([1.0, 1.0]))
+    w.add_weight("none", 1.0)
+    w.add_weight("none", 1.0)  # sums keep divisor 1
+    w.calls = 3
+    assert w.gradient().tolist() == [3.0, 1.0]
+
+
+def test_restore_brings_back_gradients_weights_and_calls():
+    w = window()
+    empty = w.backup()
+    assert empty.buffers == {}
+    w.buffer("sft").add_(1.0)
+    w.add_weight("sft", 2.0)
+    w.calls = 1
+    kept = w.backup()
+    w.buffer("sft").add_(5.0)
+    w.buffer("dpo").add_(5.0)
+    w.add_weight("dpo", 1.0)
+    w.calls = 2
+    w.restore(kept)
+    assert w.gradient().tolist() == [0.5, 0.5] and w.calls == 1
+    w.restore(empty)
+    assert w.empty and w.buffer("sft").tolist() == [0.0, 0.0]
