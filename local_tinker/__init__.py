@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,6 +53,8 @@ __all__ = [
 
 def __getattr__(name: str):
     if name == "__version__":
+        from importlib import metadata
+
         try:
             return metadata.version("local-tinker")
         except metadata.PackageNotFoundError:

@@ -13,7 +13,15 @@ from .engine.base import SavedAdapter
 from .errors import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_NOT_OURS = ("use_dora", "use_rslora", "modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "target_parameters")
+_NOT_OURS = (
+    "use_dora",
+    "use_rslora",
+    "modules_to_save",
+    "layers_to_transform",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_parameters",
+)
 
 
 def target_modules(paths: Sequence[str], linear_paths: Sequence[str]) -> list[str]:
@@ -38,7 +46,11 @@ def adapter_config(adapter: SavedAdapter, *, base_name: str, linear_paths: Seque
         inference_mode=True,
         base_model_name_or_path=base_name,
     ).to_dict()
-    return {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in config.items() if value is not None}
+    return {
+        key: sorted(value) if isinstance(value, (set, frozenset)) else value
+        for key, value in config.items()
+        if value is not None
+    }
 
 
 def tokenizer_files(tokenizer: Any, chat_template: str | None) -> dict[str, bytes]:

@@ -54,7 +54,11 @@ def check_rollouts(rollouts: Sequence[Any], *, base: str) -> list[Completion | R
     """
     for i, item in enumerate(rollouts):
         if not isinstance(item, (Completion, Rollout)):
-            what = "a plain str: its tokens and log-probs are gone" if isinstance(item, str) else f"a {type(item).__name__}"
+            what = (
+                "a plain str: its tokens and log-probs are gone"
+                if isinstance(item, str)
+                else f"a {type(item).__name__}"
+            )
             raise UsageError(
                 f"completion {i} is {what}; pass what sample or sample_batch returned (string methods such as strip() return "
                 "plain text), or a Rollout"
@@ -131,7 +135,10 @@ def ppo_call(
         rollouts = check_rollouts(scored.completions, base=base)
         metrics = {"truncated_fraction": _truncated(rollouts)}
         totals = [float(np.sum(r)) for r in scored.rewards]
-        metrics |= {"reward_mean": float(np.mean(totals)), "reward_std": float(np.std(totals, ddof=1)) if len(totals) > 1 else 0.0}
+        metrics |= {
+            "reward_mean": float(np.mean(totals)),
+            "reward_std": float(np.std(totals, ddof=1)) if len(totals) > 1 else 0.0,
+        }
         if fix or any(r.id not in memory.fixed for r in rollouts):
             fixed = _fix(rollouts, scored.rewards, estimator, score)
         else:
@@ -152,7 +159,9 @@ def ppo_call(
     return RolloutCall(LossCall([(d,) for d in datums], "ppo_rollout", chosen), metrics)
 
 
-def _fix(rollouts: Sequence[Any], rewards: Sequence[Any], estimator: Mapping[str, Any], score: Score) -> dict[str, dict[str, np.ndarray]]:
+def _fix(
+    rollouts: Sequence[Any], rewards: Sequence[Any], estimator: Mapping[str, Any], score: Score
+) -> dict[str, dict[str, np.ndarray]]:
     """Old values, advantages (whitened over these rollouts) and returns, each (N,), by rollout id."""
     with_reference = estimator["beta"] > 0
     scores = score([(_scoring_datum(r),) for r in rollouts], values=True, reference=with_reference)
@@ -164,7 +173,11 @@ def _fix(rollouts: Sequence[Any], rewards: Sequence[Any], estimator: Mapping[str
         per_token = placed[i]
         if with_reference:
             per_token = penalise_kl(
-                per_token, scores.logprobs[i][start:-1], scores.reference_logprobs[i][start:-1], trained=r.trained, beta=estimator["beta"]
+                per_token,
+                scores.logprobs[i][start:-1],
+                scores.reference_logprobs[i][start:-1],
+                trained=r.trained,
+                beta=estimator["beta"],
             )
         found = gae(
             per_token,
@@ -192,24 +205,41 @@ def _scoring_datum(r: Completion | Rollout) -> Datum:
     datum = rollout(r)
     tokens = [*datum.model_input.to_ints(), r.tokens[-1]]
     targets = np.append(datum.loss_fn_inputs["target_tokens"], r.tokens[-1])  # the appended target is never read
-    return Datum(ModelInput.from_ints(tokens), {"target_tokens": targets, "weights": np.append(datum.loss_fn_inputs["weights"], 1.0)}, datum.source)
+    return Datum(
+        ModelInput.from_ints(tokens),
+        {"target_tokens": targets, "weights": np.append(datum.loss_fn_inputs["weights"], 1.0)},
+        datum.source,
+    )
 
 
 def _with_common_fields(
-    datums: list[Datum], rollouts: Sequence[Any], options: Mapping[str, Any], *, version: str, score: Score, memory: RolloutMemory
+    datums: list[Datum],
+    rollouts: Sequence[Any],
+    options: Mapping[str, Any],
+    *,
+    version: str,
+    score: Score,
+    memory: RolloutMemory,
 ) -> list[Datum]:
     """Add `own_version`, and `old_logprobs` where the trainer's own first log-probs are asked for."""
     own = [float(r.weights_version == version) for r in rollouts]
     datums = [_add(d, own_version=np.full(d.length, o, np.float32)) for d, o in zip(datums, own, strict=True)]
     if options["old_logprobs"] != "trainer":
         return datums
-    unseen = [i for i, r in enumerate(rollouts) if r.id not in memory.old_logprobs and datums[i].loss_fn_inputs["weights"].any()]
+    unseen = [
+        i
+        for i, r in enumerate(rollouts)
+        if r.id not in memory.old_logprobs and datums[i].loss_fn_inputs["weights"].any()
+    ]
     if unseen:
         scores = score([(datums[i],) for i in unseen])
         for i, logprobs in zip(unseen, scores.logprobs, strict=True):
             memory.keep(memory.old_logprobs, rollouts[i].id, logprobs)
     zeros = {i: np.zeros(d.length, np.float32) for i, d in enumerate(datums)}
-    return [_add(d, old_logprobs=memory.old_logprobs.get(r.id, zeros[i])) for i, (d, r) in enumerate(zip(datums, rollouts, strict=True))]
+    return [
+        _add(d, old_logprobs=memory.old_logprobs.get(r.id, zeros[i]))
+        for i, (d, r) in enumerate(zip(datums, rollouts, strict=True))
+    ]
 
 
 def policy_units(rollouts: Sequence[Any], rewards: Sequence[Any], spec: LossSpec, *, base: str) -> list[Unit]:
@@ -243,4 +273,6 @@ def _explain(metrics: Mapping[str, float], say: Callable[[str], None]) -> None:
             "the temperature too low, the reward function constant, or the answers cut before the part it scores (max_tokens)"
         )
     if metrics["truncated_fraction"] == 1.0:
-        say("every completion was cut by max_tokens: raise max_tokens, or check that the model's stop token can be reached")
+        say(
+            "every completion was cut by max_tokens: raise max_tokens, or check that the model's stop token can be reached"
+        )

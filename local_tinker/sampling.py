@@ -30,7 +30,14 @@ class SamplingClient:
     """
 
     def __init__(
-        self, engine: Engine, snapshot: SnapshotInfo, base: BaseInfo, renderer: Renderer, *, trained_on: frozenset[str], say: Notices
+        self,
+        engine: Engine,
+        snapshot: SnapshotInfo,
+        base: BaseInfo,
+        renderer: Renderer,
+        *,
+        trained_on: frozenset[str],
+        say: Notices,
     ) -> None:
         self._engine, self._snapshot, self._base = engine, snapshot, base
         self._renderer, self._trained_on, self._say = renderer, trained_on, say
@@ -105,10 +112,14 @@ class SamplingClient:
                 The other arguments are those of `sample`.
         """
         if isinstance(prompts, (str, ModelInput)):
-            raise UsageError(f"sample_batch takes a list of prompts, got one {type(prompts).__name__}; use sample, or put it in a list")
+            raise UsageError(
+                f"sample_batch takes a list of prompts, got one {type(prompts).__name__}; use sample, or put it in a list"
+            )
         prompts = list(prompts)
         if prompts and isinstance(prompts[0], Mapping):
-            raise UsageError("sample_batch takes a list of prompts, got one conversation; use sample, or put it in a list")
+            raise UsageError(
+                "sample_batch takes a list of prompts, got one conversation; use sample, or put it in a list"
+            )
         params = _params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
         groups = self._collect(prompts, 1 if n is None else n, params)
         return [group[0] for group in groups] if n is None else groups
@@ -151,7 +162,9 @@ class SamplingClient:
         if items and all(isinstance(item, int) and not isinstance(item, bool) for item in items):
             return items
         kinds = sorted({type(item).__name__ for item in items}) or ["nothing"]
-        raise UsageError(f"a prompt is a string, a list of messages or a list of token ids; got a list of {', '.join(kinds)}")
+        raise UsageError(
+            f"a prompt is a string, a list of messages or a list of token ids; got a list of {', '.join(kinds)}"
+        )
 
     def _request(self, prompt: Prompt, n: int, params: SamplingParams) -> Request:
         seed = params.seed if params.seed is not None else derive_seed(self._snapshot.seed, next(self._unseeded))

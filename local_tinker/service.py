@@ -39,11 +39,11 @@ class ServiceClient:
         if device == "cuda" and self.hardware.kind != "cuda":
             raise UsageError("device='cuda' was asked for and no CUDA device was found; run `local-tinker doctor`")
         self._device = device or self.hardware.kind
-        self._say = Notices((lambda line: None)) if quiet else Notices()
+        self._say = Notices(lambda line: None) if quiet else Notices()
 
     def models(self) -> list[dict[str, Any]]:
         """One dict a known model: name, parameters, quantisation, planned peak, status on this hardware, whether on disk."""
-        from .model.catalogue import model_table
+        from .engine.fit import model_table
 
         return model_table(self.hardware)
 
@@ -111,7 +111,9 @@ class ServiceClient:
         checkpoint = read_folder(Path(path))
         meta = checkpoint.meta
         if meta.get("kind") != "state":
-            raise CheckpointError(f"{path} is a saved {meta.get('kind', 'folder')}, not a training state; use what save_state wrote")
+            raise CheckpointError(
+                f"{path} is a saved {meta.get('kind', 'folder')}, not a training state; use what save_state wrote"
+            )
         trainer = self.create_lora_training_client(**meta["client"])
         trainer.load_state(path)
         return trainer

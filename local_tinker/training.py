@@ -16,7 +16,7 @@ from .data.prepare import to_units
 from .data.render import Renderer
 from .engine.base import AdapterOptions, BaseInfo, LossCall, TrainerState, Unit
 from .engine.local import LocalEngine
-from .errors import CheckpointError, UsageError
+from .errors import CheckpointError, DatasetError, UsageError
 from .losses import find_loss
 from .losses.base import LossSpec, check_options
 from .notices import Notices
@@ -49,7 +49,9 @@ class TrainingClient:
         if overlong not in OVERLONG:
             raise UsageError(f"overlong must be one of {', '.join(map(repr, OVERLONG))}, got {overlong!r}")
         if max_length is not None and not 2 <= max_length <= base.max_positions:
-            raise UsageError(f"max_length must be between 2 and the model's context of {base.max_positions}, got {max_length}")
+            raise UsageError(
+                f"max_length must be between 2 and the model's context of {base.max_positions}, got {max_length}"
+            )
         self._engine, self._base, self._id = engine, base, trainer_id
         self._options, self._say = options, say
         self._max_length, self._overlong = max_length or base.max_positions, overlong
@@ -83,7 +85,9 @@ class TrainingClient:
 
     # -- passes ------------------------------------------------------------------------------------------------------
 
-    def forward_backward(self, batch: Any, rewards: Any = None, loss_fn: str | None = None, **options: Any) -> LossResult:
+    def forward_backward(
+        self, batch: Any, rewards: Any = None, loss_fn: str | None = None, **options: Any
+    ) -> LossResult:
         """Add the gradient of `batch` to what `optim_step` will apply.
 
         Args:
@@ -123,19 +127,27 @@ class TrainingClient:
 
         units = self._units(batch, "dpo" if loss_fn == "dpo" else "sft")
         data = [datum for unit in units for datum in unit]
-        plain = [(Datum(d.model_input, {"target_tokens": d.loss_fn_inputs["target_tokens"]}, d.source),) for d in data]
+        plain = [(_with_weights(d, None),) for d in data]
         scored = self._engine.forward(self._id, LossCall(plain, "cross_entropy"))
         logprobs = [torch.from_numpy(values).requires_grad_(True) for values in scored.logprobs]
         loss, metrics = fn(data, logprobs)
         if not torch.is_tensor(loss) or loss.numel() != 1:
             raise UsageError(f"the custom loss must be a scalar tensor, got {type(loss).__name__}")
         gradients = torch.autograd.grad(loss, logprobs, allow_unused=True)
-        weights = [np.zeros(len(lp), np.float32) if g is None else g.numpy() for g, lp in zip(gradients, logprobs, strict=True)]
-        linear = [(Datum(d.model_input, {"target_tokens": d.loss_fn_inputs["target_tokens"], "weights": w}, d.source),) for d, w in zip(data, weights, strict=True)]
-        validate_datums([unit[0] for unit in linear], self._base.vocab_size, negative_weights=True)
+        weights = [
+            np.zeros(len(lp), np.float32) if g is None else g.numpy() for g, lp in zip(gradients, logprobs, strict=True)
+        ]
+        for i, w in enumerate(weights):
+            if not np.isfinite(w).all():
+                raise UsageError(
+                    f"the custom loss has a gradient that is not finite for datum {i}, position {int(np.argmin(np.isfinite(w)))}"
+                )
+        linear = [(_with_weights(d, w),) for d, w in zip(data, weights, strict=True)]
         self._engine.forward_backward(self._id, LossCall(linear, "linear"))
         value = float(loss.detach())
-        return LossResult(lambda: (value, {k: float(v) for k, v in metrics.items()}, [lp.detach().numpy() for lp in logprobs]))
+        return LossResult(
+            lambda: (value, {k: float(v) for k, v in metrics.items()}, [lp.detach().numpy() for lp in logprobs])
+        )
 
     def optim_step(self, params: AdamParams | Mapping[str, Any] | None = None, **changes: float) -> StepResult:
         """Apply the accumulated gradient: divide, clip, AdamW, clear.
@@ -155,24 +167,34 @@ class TrainingClient:
         values = {name: getattr(given, name) for name in fields if hasattr(given, name)}
         return self._engine.optim_step(self._id, AdamParams(**{**values, **changes}))
 
-    def _call(self, batch: Any, rewards: Any, loss_fn: str | None, options: Mapping[str, Any], *, fix: bool) -> RolloutCall:
+    def _call(
+        self, batch: Any, rewards: Any, loss_fn: str | None, options: Mapping[str, Any], *, fix: bool
+    ) -> RolloutCall:
         if isinstance(rewards, str):
             if loss_fn is not None:
-                raise UsageError(f"the second argument {rewards!r} is read as the loss_fn, and loss_fn={loss_fn!r} was given too")
+                raise UsageError(
+                    f"the second argument {rewards!r} is read as the loss_fn, and loss_fn={loss_fn!r} was given too"
+                )
             rewards, loss_fn = None, rewards
         spec = find_loss(loss_fn or "sft")
         if self._options.dropout and spec.name in _NO_DROPOUT:
-            raise UsageError(f"dropout={self._options.dropout} makes log-probs of {spec.name!r} random; create the client with dropout=0")
+            raise UsageError(
+                f"dropout={self._options.dropout} makes log-probs of {spec.name!r} random; create the client with dropout=0"
+            )
         if _holds_rollouts(batch):
             return self._rollout_call(batch, rewards, spec, options, fix=fix)
         if rewards is not None:
-            raise UsageError(f"rewards were given with a batch of {_kind(batch)}; rewards belong to completions of a sampler")
+            raise UsageError(
+                f"rewards were given with a batch of {_kind(batch)}; rewards belong to completions of a sampler"
+            )
         if spec.name == "grpo":
             raise UsageError("grpo takes the groups that sample_batch(prompts, n=8) returns and their rewards")
         chosen, _ = check_options(spec, options)
         return RolloutCall(LossCall(self._units(batch, spec.name, spec), spec.name, chosen))
 
-    def _rollout_call(self, batch: Any, rewards: Any, spec: LossSpec, options: Mapping[str, Any], *, fix: bool) -> RolloutCall:
+    def _rollout_call(
+        self, batch: Any, rewards: Any, spec: LossSpec, options: Mapping[str, Any], *, fix: bool
+    ) -> RolloutCall:
         if spec.name not in _ROLLOUT_LOSSES:
             chosen, _ = check_options(spec, options)
             return RolloutCall(LossCall(self._units(batch, spec.name, spec), spec.name, chosen))
@@ -181,9 +203,13 @@ class TrainingClient:
         if spec.name == "grpo":
             if rewards is None:
                 raise UsageError("grpo needs rewards: forward_backward(completions, rewards, loss_fn='grpo')")
-            return grpo_call(batch, rewards, options, base=base, version=version, score=score, memory=self._memory, say=self._say)
+            return grpo_call(
+                batch, rewards, options, base=base, version=version, score=score, memory=self._memory, say=self._say
+            )
         if spec.name == "ppo":
-            return ppo_call(batch, rewards, options, base=base, version=version, score=score, memory=self._memory, fix=fix)
+            return ppo_call(
+                batch, rewards, options, base=base, version=version, score=score, memory=self._memory, fix=fix
+            )
         if rewards is None:
             raise UsageError(f"{spec.name} on completions takes their advantages as the second argument")
         chosen, _ = check_options(spec, options)
@@ -191,12 +217,22 @@ class TrainingClient:
 
     def _units(self, batch: Any, loss: str, spec: LossSpec | None = None) -> list[Unit]:
         prepared = to_units(
-            batch, loss=loss, renderer=self._renderer, max_length=self._max_length, overlong=self._overlong, say=self._say
+            batch,
+            loss=loss,
+            renderer=self._renderer,
+            max_length=self._max_length,
+            overlong=self._overlong,
+            say=self._say,
         )
         validate_datums([d for unit in prepared.units for d in unit], self._base.vocab_size)
         if spec is not None:
             _check_fields(prepared.units, spec)
-        self._trained_on |= set(getattr(prepared, 'kinds', ()))
+        if not prepared.units:
+            raise DatasetError(
+                f"nothing is left of this batch: {prepared.dropped} rows are longer than max_length={self._max_length}; "
+                "raise max_length, or create the client with overlong='truncate_prompt'"
+            )
+        self._trained_on |= prepared.kinds
         return prepared.units
 
     def _score(self, units: Sequence[Unit], *, values: bool = False, reference: bool = False):
@@ -226,7 +262,12 @@ class TrainingClient:
         )
 
     def save_state(
-        self, path: str | Path, *, overwrite: bool = False, discard_gradients: bool = False, extra: Mapping[str, Any] | None = None
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        discard_gradients: bool = False,
+        extra: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write everything training continues from: weights, moments, step, randomness. Whole or not at all.
 
@@ -238,7 +279,9 @@ class TrainingClient:
             self._engine.discard_gradients(self._id)
         state = self._engine.export_state(self._id)
         adapter = self._engine.export_adapter(self._id)
-        config = adapter_config(adapter, base_name=self._base.name, linear_paths=self._engine.linear_paths(self._base.id))
+        config = adapter_config(
+            adapter, base_name=self._base.name, linear_paths=self._engine.linear_paths(self._base.id)
+        )
         from .checkpoint import dump_json
 
         meta = {"kind": "state", **self._meta(state.meta["step"]), "state": state.meta, "extra": dict(extra or {})}
@@ -275,7 +318,18 @@ class TrainingClient:
             "overlong": self._overlong,
             "micro_batch_tokens": options.micro_batch_tokens,
         }
-        return {"client": client, "step": step, "trained_on": sorted(self._trained_on), "base_fingerprint": self._base.fingerprint}
+        return {
+            "client": client,
+            "step": step,
+            "trained_on": sorted(self._trained_on),
+            "base_fingerprint": self._base.fingerprint,
+        }
+
+
+def _with_weights(datum: Datum, weights: np.ndarray | None) -> Datum:
+    """The datum's tokens and targets with these weights alone; every position where None."""
+    inputs = {"target_tokens": datum.loss_fn_inputs["target_tokens"]}
+    return Datum(datum.model_input, inputs if weights is None else {**inputs, "weights": weights}, datum.source)
 
 
 def _with_metrics(result: LossResult, extra: Mapping[str, float]) -> LossResult:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,15 @@ from .errors import UsageError
 STOP_REASONS = ("stop", "length")
 
 
+def _token_id(value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise UsageError(f"a token id must be a whole number, got {value!r} ({type(value).__name__})") from None
+
+
 @dataclass(frozen=True)
 class EncodedTextChunk:
     """A run of token ids."""
@@ -26,7 +36,7 @@ class EncodedTextChunk:
     tokens: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", tuple(int(t) for t in self.tokens))
+        object.__setattr__(self, "tokens", tuple(map(_token_id, self.tokens)))
 
     @property
     def length(self) -> int:
@@ -104,7 +114,9 @@ class Datum:
         model_input = self.model_input
         if not isinstance(model_input, ModelInput):
             if not hasattr(model_input, "to_ints"):
-                raise UsageError(f"model_input must be a ModelInput, got {type(model_input).__name__}; use ModelInput.from_ints")
+                raise UsageError(
+                    f"model_input must be a ModelInput, got {type(model_input).__name__}; use ModelInput.from_ints"
+                )
             object.__setattr__(self, "model_input", ModelInput.from_ints(model_input.to_ints()))
         arrays = {name: _as_array(name, value) for name, value in self.loss_fn_inputs.items()}
         object.__setattr__(self, "loss_fn_inputs", arrays)

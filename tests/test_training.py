@@ -1,6 +1,7 @@
 """The training client on a tiny model: exact accumulation, any cut, atomic failure, all batch forms."""
 
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,7 +44,9 @@ def warm(trainer):
     state = inner(trainer)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        state.adapter.master.add_(torch.randn(state.adapter.master.shape, generator=generator).to(state.adapter.master) * 0.05)
+        state.adapter.master.add_(
+            torch.randn(state.adapter.master.shape, generator=generator).to(state.adapter.master) * 0.05
+        )
         state.adapter.refresh()
 
 
@@ -64,10 +67,14 @@ def reference_loss_and_gradient(tiny_model, trainer, rows):
     flat = state.adapter.master.double().requires_grad_(True)
     for path, (a, b) in state.adapter.views(flat).items():
         module = model.get_submodule(path)
-        module.forward = lambda x, m=module, a=a, b=b: torch.nn.functional.linear(x, m.weight, m.bias) + 2.0 * (x @ a.t()) @ b.t()
+        module.forward = lambda x, m=module, a=a, b=b: (
+            torch.nn.functional.linear(x, m.weight, m.bias) + 2.0 * (x @ a.t()) @ b.t()
+        )
     for name, module in model.named_modules():  # transformers' norms go through float32 even in a float64 model
         if name.endswith("norm"):
-            module.forward = lambda x, m=module: m.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + m.variance_epsilon)
+            module.forward = lambda x, m=module: (
+                m.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + m.variance_epsilon)
+            )
     total, count = 0.0, 0
     for row in rows:
         encoded = trainer.renderer.conversation(row["messages"])
@@ -113,7 +120,7 @@ def test_any_cut_into_micro_batches_changes_nothing_but_rounding(client, budget)
 
 def test_recomputed_layers_give_the_same_gradient(client):
     plain, deep = client(), client()
-    inner(deep).recompute = True
+    inner(deep).budget = replace(inner(deep).budget, recompute=True)
     plain.forward_backward(ROWS)
     deep.forward_backward(ROWS)
     assert relative(gradient(deep), gradient(plain)) < 1e-6
@@ -377,7 +384,11 @@ def test_dropout_changes_training_and_not_scoring_and_is_refused_for_preferences
     trainer = client(dropout=0.5)
     first, second = trainer.forward_backward(ROWS), trainer.forward_backward(ROWS)
     assert float(first) != float(second)
-    assert float(trainer.forward(ROWS)) == float(trainer.forward(ROWS)) == pytest.approx(float(client().forward(ROWS)), rel=1e-6)
+    assert (
+        float(trainer.forward(ROWS))
+        == float(trainer.forward(ROWS))
+        == pytest.approx(float(client().forward(ROWS)), rel=1e-6)
+    )
     again = client(dropout=0.5)
     assert float(again.forward_backward(ROWS)) == float(first)
     pair = {"prompt": "a", "chosen": " b", "rejected": " c"}
@@ -425,3 +436,17 @@ def test_overfits_a_few_examples(service, tiny_model):
     question = [{"role": "user", "content": "What is one plus two?"}]
     answer = trainer.save_weights_and_get_sampling_client().sample(question, temperature=0, max_tokens=20)
     assert answer == "Three." and answer.stop_reason == "stop"
+
+
+def test_rows_over_the_length_are_dropped_and_counted_and_a_batch_of_none_is_an_error(service, tiny_model, capsys):
+    from local_tinker import ServiceClient
+
+    trainer = ServiceClient(device="cpu").create_lora_training_client(
+        str(tiny_model), rank=2, quantize=None, dtype="float32", max_length=48
+    )
+    long = {"messages": [{"role": "user", "content": "dog " * 60}, {"role": "assistant", "content": "fox"}]}
+    both, alone = trainer.forward([ROWS[0], long]), trainer.forward([ROWS[0]])
+    assert float(both) == float(alone) and len(both.logprobs) == 1
+    assert "rows over max_length are dropped and counted" in capsys.readouterr().err
+    with pytest.raises(DatasetError, match="nothing is left of this batch: 1 rows are longer than max_length=48"):
+        trainer.forward_backward([long])

@@ -8,7 +8,9 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-CORPUS = ["the quick brown fox jumps over the lazy dog 0123456789 What is one plus two? Three. user assistant system\n"] * 3
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog 0123456789 What is one plus two? Three. user assistant system\n"
+] * 3
 
 
 def tokenizer(template: str | None = TEMPLATE):
@@ -22,7 +24,10 @@ def tokenizer(template: str | None = TEMPLATE):
     core.train_from_iterator(
         CORPUS,
         trainers.BpeTrainer(
-            vocab_size=320, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=320,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         ),
     )
     made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")

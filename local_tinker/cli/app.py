@@ -14,7 +14,12 @@ from . import output
 # name -> (module in this package, function, help line), in the order of `--help`: first steps, training, looking back.
 # A function's typer annotations are its flags. One whose only parameter is `argv` gets the words as they came.
 COMMANDS: dict[str, tuple[str, str, str]] = {
+    "quickstart": ("quickstart", "quickstart", "Fine-tune a small model on data that ships, and see the difference."),
     "models": ("models", "models", "List models, the memory they need here, and whether they fit."),
+    "plan": ("plan", "plan", "Show where a training step's memory goes and what needs less."),
+    "run": ("run", "run", "Train: sft, dpo, grpo or ppo, by flags or a config file."),
+    "sample": ("sample", "sample", "Print completions of a prompt, from a run or a model."),
+    "chat": ("chat", "chat", "Talk to a run or a model."),
     "runs": ("runs", "runs", "List, show and compare the runs of a folder."),
     "doctor": ("doctor", "doctor", "Check GPU, drivers, libraries and caches, and say how to fix what is wrong."),
 }
@@ -62,7 +67,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def run_typer(command: Callable, words: list[str], *, name: str, summary: str) -> int:
-    """Parse `words` by the function's typer annotations and call it; its return value, when an int, is the exit code."""
+    """Parse `words` by the function's typer annotations and call it; an int it returns is the exit code."""
     import typer
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -1,4 +1,4 @@
-"""Plain text for terminals, pipes and logs: results on stdout, everything else on stderr. No rich: it takes 0.2 s to load."""
+"""Plain text for terminals, pipes and logs: results on stdout, the rest on stderr. No rich: it loads in 0.2 s."""
 
 from __future__ import annotations
 

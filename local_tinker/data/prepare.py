@@ -30,6 +30,7 @@ class Prepared:
         truncated: rows whose prompt lost tokens on the left.
         bad: errors of rows that `max_bad` allowed to skip.
         says: what was said.
+        kinds: what the rows were, "conversation" or "text"; empty where only tokens were given.
     """
 
     units: list[Unit]
@@ -38,6 +39,7 @@ class Prepared:
     truncated: int = 0
     bad: tuple[DatasetError, ...] = ()
     says: tuple[str, ...] = ()
+    kinds: frozenset[str] = frozenset()
 
     @property
     def datums(self) -> list[Datum]:
@@ -196,6 +198,7 @@ def _from_rows(items: list, loss: str, fit: _Fit, *, texts: bool = False, max_ba
     kept: list[int] = []
     bad: list[DatasetError] = []
     shape: str | None = None
+    kinds = {"text"} if texts else set()
     for index, item in enumerate(items):
         try:
             if texts:
@@ -206,7 +209,10 @@ def _from_rows(items: list, loss: str, fit: _Fit, *, texts: bool = False, max_ba
                 if name != shape:
                     raise formats.mixed(item, shape, name)
                 source = item.source
-                row_units = _row_units(item, name, loss, fit.renderer)
+                example = formats.to_example(item, loss, shape=name)
+                kinds.add(_kind(example))
+                with located(source):
+                    row_units = encode(example, fit.renderer)
             with located(source):
                 made = [_unit(sides, source, index) for sides in map(fit, map(list, row_units)) if sides]
         except DatasetError as error:
@@ -218,13 +224,12 @@ def _from_rows(items: list, loss: str, fit: _Fit, *, texts: bool = False, max_ba
         kept += [index] * len(made)
     if shape is not None:
         _announce(items, shape, loss, fit.renderer)
-    return Prepared(units, kept, fit.dropped, fit.truncated, tuple(bad))
+    return Prepared(units, kept, fit.dropped, fit.truncated, tuple(bad), kinds=frozenset(kinds))
 
 
-def _row_units(row: Any, name: str, loss: str, renderer: Renderer) -> list[tuple[Encoded, ...]]:
-    example = formats.to_example(row, loss, shape=name)
-    with located(row.source):
-        return encode(example, renderer)
+def _kind(example: Example) -> str:
+    chat = isinstance(example, Conversation) or (isinstance(example, Preference) and not isinstance(example.prompt, str))
+    return "conversation" if chat else "text"
 
 
 def _unit(sides: list[Encoded], source: Any, index: int) -> Unit:

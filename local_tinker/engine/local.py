@@ -71,7 +71,7 @@ class LocalEngine:
             budget = plan_budget(model, spec, micro_batch_tokens=options.micro_batch_tokens)
             if budget.hold_weights:
                 model.hold_weights()
-            trainer = Trainer(model, spec, token_budget=budget.micro_batch_tokens, recompute=budget.recompute)
+            trainer = Trainer(model, spec, budget)
             if start is not None:
                 with torch.no_grad():
                     trainer.adapter.load(trainer.adapter.master, load(start.tensors), what="saved adapter")
@@ -151,7 +151,13 @@ class LocalEngine:
             with torch.no_grad():
                 values.load(values.master, load(adapter.tensors), what="saved adapter")
                 values.refresh()
-            return self._keep(base_id, values.views(values.compute), values.spec.scale, f"{model.fingerprint[:8]}/saved-{next(self._numbers)}", seed)
+            return self._keep(
+                base_id,
+                values.views(values.compute),
+                values.spec.scale,
+                f"{model.fingerprint[:8]}/saved-{next(self._numbers)}",
+                seed,
+            )
 
     def _keep(self, base_id: str, pairs: dict, scale: float, version: str, seed: int) -> SnapshotInfo:
         model = self._base(base_id)
@@ -265,7 +271,9 @@ def _shapes(model: LoadedModel, paths: Sequence[str]) -> tuple[tuple[str, tuple[
     known[model.head_path] = tuple(model.head.weight.shape)
     missing = [path for path in paths if path not in known]
     if missing:
-        raise CheckpointError(f"the adapter has {missing[0]}, which this model has not; was it made for another base model?")
+        raise CheckpointError(
+            f"the adapter has {missing[0]}, which this model has not; was it made for another base model?"
+        )
     return tuple((path, known[path]) for path in paths)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..types import AdamParams
 
-
 SUMS = "none"  # the normaliser of losses that are plain sums
 
 

@@ -23,6 +23,7 @@ class Budget:
 
     Attributes:
         micro_batch_tokens: most tokens of one micro-batch.
+        head_rows: rows of full logits that exist at a time.
         recompute: run each layer again in backward instead of keeping its activations.
         hold_weights: keep dequantised copies of the base.
         sampler_rows, sampler_tokens: samples decoded together, and tokens their cache may hold.
@@ -30,6 +31,7 @@ class Budget:
 
     plan: Plan
     micro_batch_tokens: int
+    head_rows: int
     recompute: bool
     hold_weights: bool
     sampler_rows: int
@@ -64,6 +66,7 @@ def plan_budget(model: LoadedModel, spec: AdapterSpec | None, *, micro_batch_tok
     return Budget(
         plan=plan,
         micro_batch_tokens=micro_batch_tokens or plan.choice.tokens,
+        head_rows=plan.choice.head_rows,
         recompute=plan.choice.level == "layer",
         hold_weights=plan.choice.resident_layers == dims.layers,
         sampler_rows=MAX_ROWS[kind],

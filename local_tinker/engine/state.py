@@ -60,7 +60,11 @@ def export_state(trainer: Trainer) -> TrainerState:
             "call optim_step first, or pass discard_gradients=True"
         )
     adapter, optimiser = trainer.adapter, trainer.optimiser
-    moments = {f"{moment}.{name}": _host(view) for moment in ("m", "v") for name, view in adapter.named(getattr(optimiser, moment)).items()}
+    moments = {
+        f"{moment}.{name}": _host(view)
+        for moment in ("m", "v")
+        for name, view in adapter.named(getattr(optimiser, moment)).items()
+    }
     moments["count"] = _host(optimiser.count)
     files = {ADAPTER: _named_bytes(adapter, adapter.master), OPTIMISER: save(moments)}
     if trainer.value_head is not None:
@@ -104,7 +108,9 @@ def import_state(trainer: Trainer, state: TrainerState) -> None:
     if value is not None:
         trainer.ensure_value_head()
         if value["value_head"].shape != trainer.value_head.shape:
-            raise CheckpointError(f"{VALUE_HEAD} has {value['value_head'].shape[0]} values, this model's needs {trainer.value_head.shape[0]}")
+            raise CheckpointError(
+                f"{VALUE_HEAD} has {value['value_head'].shape[0]} values, this model's needs {trainer.value_head.shape[0]}"
+            )
     adapter.master.copy_(fresh["master"])
     trainer.optimiser.m.copy_(fresh["m"])
     trainer.optimiser.v.copy_(fresh["v"])
@@ -130,7 +136,9 @@ def _part(state: TrainerState, name: str) -> bytes:
 
 def _compare(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     differing = [
-        f"{key}: saved {_short(theirs.get(key))}, here {_short(value)}" for key, value in ours.items() if theirs.get(key) != value
+        f"{key}: saved {_short(theirs.get(key))}, here {_short(value)}"
+        for key, value in ours.items()
+        if theirs.get(key) != value
     ]
     if differing:
         raise CheckpointError(f"this state belongs to another trainer ({'; '.join(differing)})")

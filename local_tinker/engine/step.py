@@ -17,7 +17,7 @@ from ..data.pack import pack
 from ..errors import UsageError
 from ..losses.base import LossData, LossInputs, LossSpec, LossTerms, Metric, combine_metrics
 from ..model.attention import VarlenCausal
-from ..model.head import target_logprobs
+from ..model.head import CHUNK, target_logprobs
 from ..model.load import LoadedModel
 from ..model.lora import LoraDropout, LoraPair
 from .base import Unit
@@ -131,7 +131,9 @@ def _field_names(datums: Sequence[Any], spec: LossSpec) -> list[str]:
     for name in names:
         lacking = [i for i, datum in enumerate(datums) if name not in datum.loss_fn_inputs]
         if lacking and name != "weights":
-            raise UsageError(f"{spec.name!r}: field {name!r} is in some datums of the batch and not in others; give it in all or none")
+            raise UsageError(
+                f"{spec.name!r}: field {name!r} is in some datums of the batch and not in others; give it in all or none"
+            )
     return names
 
 
@@ -153,6 +155,7 @@ def run_forward(
     value_head: Tensor | None = None,
     recompute: bool = False,
     dropout: LoraDropout | None = None,
+    head_rows: int = CHUNK,
 ) -> LossInputs:
     """The model over one micro-batch: log-probs of the targets and what else the loss `needs`.
 
@@ -160,7 +163,13 @@ def run_forward(
     """
     hidden = _hidden(model, micro, weights, recompute=recompute, dropout=dropout)
     logprobs, entropy = target_logprobs(
-        hidden, model.head, micro.targets, pair=weights.head, lora_scale=weights.scale, entropy="entropy" in needs
+        hidden,
+        model.head,
+        micro.targets,
+        pair=weights.head,
+        lora_scale=weights.scale,
+        entropy="entropy" in needs,
+        chunk=head_rows,
     )
     values = None
     if "values" in needs:
@@ -172,13 +181,18 @@ def run_forward(
         with torch.no_grad():
             other = _hidden(model, micro, reference)
             reference_logprobs, _ = target_logprobs(
-                other, model.head, micro.targets, pair=reference.head, lora_scale=reference.scale
+                other, model.head, micro.targets, pair=reference.head, lora_scale=reference.scale, chunk=head_rows
             )
     return LossInputs(logprobs, entropy, values, reference_logprobs)
 
 
 def _hidden(
-    model: LoadedModel, micro: MicroBatch, weights: Weights, *, recompute: bool = False, dropout: LoraDropout | None = None
+    model: LoadedModel,
+    micro: MicroBatch,
+    weights: Weights,
+    *,
+    recompute: bool = False,
+    dropout: LoraDropout | None = None,
 ) -> Tensor:
     """Final hidden states of the rows the loss reads, (M, H)."""
     cu_seqlens = [0, *np.cumsum(micro.lengths).tolist()]

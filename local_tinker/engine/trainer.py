@@ -21,9 +21,12 @@ from ..types import AdamParams, LossResult, StepResult
 from .base import LossCall, Scores, Unit
 from .interrupts import finish_first
 from .optimiser import SUMS, FlatAdamW, GradientWindow
+from .planning import Budget
 from .step import Outcome, Weights, cut, loss_terms, micro_batch, per_datum, record, run_forward
 
-VALUE_LEARNING_RATE = 1e-3  # of the value head, when a step names none; its features do not start at zero, LoRA's B does
+VALUE_LEARNING_RATE = (
+    1e-3  # of the value head, when a step names none; its features do not start at zero, LoRA's B does
+)
 
 
 class Trainer:
@@ -33,12 +36,10 @@ class Trainer:
         uid: survives saving and loading; with `step` it names a version of the weights.
         step: optimiser steps applied.
         calls: forward_backward calls since the start, which seed dropout.
-        seen: kinds of rows trained on ("conversation", "text", ...), saved with the adapter.
     """
 
-    def __init__(self, model: LoadedModel, spec: AdapterSpec, *, token_budget: int, recompute: bool) -> None:
-        self.model, self.spec = model, spec
-        self.token_budget, self.recompute = token_budget, recompute
+    def __init__(self, model: LoadedModel, spec: AdapterSpec, budget: Budget) -> None:
+        self.model, self.spec, self.budget = model, spec, budget
         self.adapter = Adapter(spec, dtype=model.dtype, device=model.device)
         self.adapter.initialise()
         self.optimiser = FlatAdamW(self.adapter.master)
@@ -49,7 +50,6 @@ class Trainer:
         self.reference: Tensor | None = None  # compute copy the reference runs with; None: scale 0
         self.uid = uuid.uuid4().hex[:12]
         self.calls = 0
-        self.seen: set[str] = set()
 
     @property
     def step(self) -> int:
@@ -84,7 +84,7 @@ class Trainer:
         weights = Weights(pairs, self.spec.scale, self.model.head_path)
         head = self.value_head.detach().requires_grad_(True) if "values" in needs else None
         targets = [t for pair in self.adapter.views(self.window.buffer(key)).values() for t in pair]
-        for number, chosen in enumerate(cut(call.units, budget=self.token_budget)):
+        for number, chosen in enumerate(cut(call.units, budget=self.budget.micro_batch_tokens)):
             micro = micro_batch(call.units, chosen, spec, device=self.model.device)
             out = run_forward(
                 self.model,
@@ -93,8 +93,9 @@ class Trainer:
                 needs=needs,
                 reference=self.reference_weights() if "reference" in needs else None,
                 value_head=head,
-                recompute=self.recompute,
+                recompute=self.budget.recompute,
                 dropout=self._dropout(number),
+                head_rows=self.budget.head_rows,
             )
             terms = loss_terms(spec, out, micro, call.options)
             wanted = leaves if head is None else [*leaves, head]
@@ -141,10 +142,19 @@ class Trainer:
     def _run(self, units: Sequence[Unit], spec: LossSpec, needs: frozenset[str]) -> Iterator:
         weights = Weights(self.adapter.views(self.adapter.compute), self.spec.scale, self.model.head_path)
         reference = self.reference_weights() if "reference" in needs else None
-        for chosen in cut(units, budget=self.token_budget):
+        for chosen in cut(units, budget=self.budget.micro_batch_tokens):
             micro = micro_batch(units, chosen, spec, device=self.model.device)
-            yield micro, run_forward(
-                self.model, micro, weights, needs=needs, reference=reference, value_head=self.value_head
+            yield (
+                micro,
+                run_forward(
+                    self.model,
+                    micro,
+                    weights,
+                    needs=needs,
+                    reference=reference,
+                    value_head=self.value_head,
+                    head_rows=self.budget.head_rows,
+                ),
             )
 
     def reference_weights(self) -> Weights:
@@ -174,7 +184,9 @@ class Trainer:
             raise StateError("optim_step with nothing accumulated: call forward_backward first")
         with torch.no_grad(), finish_first():
             gradient = self.window.gradient()
-            head_gradient = self.value_window.gradient() if self.value_window is not None and not self.value_window.empty else None
+            head_gradient = (
+                self.value_window.gradient() if self.value_window is not None and not self.value_window.empty else None
+            )
             norm = torch.linalg.vector_norm(gradient)
             if head_gradient is not None:
                 norm = torch.hypot(norm, torch.linalg.vector_norm(head_gradient))

@@ -135,10 +135,14 @@ class Adapter:
         named = self.named(flat)
         missing, extra = sorted(named.keys() - tensors.keys()), sorted(tensors.keys() - named.keys())
         if missing or extra:
-            raise CheckpointError(f"{what}: {_some('missing', missing)}{'; ' if missing and extra else ''}{_some('not expected', extra)}")
+            raise CheckpointError(
+                f"{what}: {_some('missing', missing)}{'; ' if missing and extra else ''}{_some('not expected', extra)}"
+            )
         for name, view in named.items():
             if tensors[name].shape != view.shape:
-                raise CheckpointError(f"{what}: {name} has shape {tuple(tensors[name].shape)}, this adapter's is {tuple(view.shape)}")
+                raise CheckpointError(
+                    f"{what}: {name} has shape {tuple(tensors[name].shape)}, this adapter's is {tuple(view.shape)}"
+                )
         for name, view in named.items():
             view.copy_(tensors[name])
 

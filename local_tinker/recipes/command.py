@@ -14,7 +14,15 @@ from . import RECIPES, find_recipe, sources
 from .config import Common, help_lines, nearest, options, resolved
 from .shipped import beside, shipped
 
-_ACTIONS = {"-c": "config", "--config": "config", "--resume": "resume", "--dry-run": "dry_run", "--loss": "loss", "-h": "help", "--help": "help"}
+_ACTIONS = {
+    "-c": "config",
+    "--config": "config",
+    "--resume": "resume",
+    "--dry-run": "dry_run",
+    "--loss": "loss",
+    "-h": "help",
+    "--help": "help",
+}
 INTERRUPTED = 130
 
 
@@ -54,7 +62,9 @@ def split(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         elif name == "resume":
             actions[name] = ""
         else:
-            raise UsageError(f"{word} needs a value: {'a file' if name == 'config' else 'one of ' + ', '.join(RECIPES)}")
+            raise UsageError(
+                f"{word} needs a value: {'a file' if name == 'config' else 'one of ' + ', '.join(RECIPES)}"
+            )
     return actions, flags
 
 
@@ -78,10 +88,14 @@ def parse(words: Sequence[str], *, loss: str | None = None, environ: dict[str, s
     in_file = values.pop("loss", None)
     chosen = loss or actions.get("loss") or environ.get(f"{sources.PREFIX}LOSS") or in_file or "sft"
     if loss and actions.get("loss", loss) != loss:
-        raise UsageError(f"--loss {actions['loss']}: this is the recipe {loss!r}; use `local-tinker run --loss {actions['loss']}`")
+        raise UsageError(
+            f"--loss {actions['loss']}: this is the recipe {loss!r}; use `local-tinker run --loss {actions['loss']}`"
+        )
     recipe = find_recipe(str(chosen))
     if path and in_file and in_file != chosen:
-        raise UsageError(f"{path} is for loss {in_file!r} and {chosen!r} was asked for; take recipes/{chosen}.yaml, or leave --loss away")
+        raise UsageError(
+            f"{path} is for loss {in_file!r} and {chosen!r} was asked for; take recipes/{chosen}.yaml, or leave --loss away"
+        )
     known = options(recipe.Config)
     given = sources.collect([(key, value, f"{path}: {key}") for key, value in values.items()], known)
     if path and "dataset" in given:
@@ -90,7 +104,9 @@ def parse(words: Sequence[str], *, loss: str | None = None, environ: dict[str, s
     every = [find_recipe(name).Config for name in RECIPES]
     given |= sources.collect(sources.read_environment(recipe.Config, every, environ), known)
     given |= sources.collect(sources.read_flags(flags, recipe.Config), known)
-    return Job(recipe, str(chosen), sources.build(recipe.Config, given), actions.get("resume"), actions.get("dry_run", False))
+    return Job(
+        recipe, str(chosen), sources.build(recipe.Config, given), actions.get("resume"), actions.get("dry_run", False)
+    )
 
 
 def _resumed(actions: dict[str, Any], flags: list[str]) -> Job:
@@ -109,7 +125,9 @@ def _resumed(actions: dict[str, Any], flags: list[str]) -> Job:
     loss = saved.pop("loss", "sft")
     recipe = find_recipe(loss)
     where = f"{run.path / 'config.yaml'}"
-    given = sources.collect([(key, value, f"{where}: {key}") for key, value in saved.items() if value is not None], options(recipe.Config))
+    given = sources.collect(
+        [(key, value, f"{where}: {key}") for key, value in saved.items() if value is not None], options(recipe.Config)
+    )
     return Job(recipe, loss, sources.build(recipe.Config, given), str(run.path), actions.get("dry_run", False))
 
 
@@ -120,7 +138,9 @@ def _config_file(name: str) -> Path:
     found = shipped(f"{Path(name).stem}.yaml")
     if found is not None and Path(name).name in (found.name, found.stem) and Path(name).parent.name in ("", "recipes"):
         return found
-    raise UsageError(f"no config file {name!r}{nearest(Path(name).stem, RECIPES)}; shipped recipes: {', '.join(RECIPES)}")
+    raise UsageError(
+        f"no config file {name!r}{nearest(Path(name).stem, RECIPES)}; shipped recipes: {', '.join(RECIPES)}"
+    )
 
 
 def execute(job: Job) -> None:
@@ -140,7 +160,9 @@ def usage(program: str, loss: str | None = None) -> str:
     head = [
         f"Usage: {program} [--config FILE] [OPTIONS]",
         "",
-        (recipe.__doc__ or "").strip().splitlines()[0] if loss else "Train, with progress, checkpoints and a record of the run.",
+        (recipe.__doc__ or "").strip().splitlines()[0]
+        if loss
+        else "Train, with progress, checkpoints and a record of the run.",
         "",
         "Precedence: flags, then LOCAL_TINKER_* variables, then the file, then defaults.",
         "",

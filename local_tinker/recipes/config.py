@@ -53,40 +53,65 @@ class Common:
     target_modules: str = option(
         "all-linear", "Modules that get an adapter: all-linear, or names with commas.", aliases=("lora_target_modules",)
     )
-    dtype: Dtype | None = option(None, "Compute type; default: bfloat16 where the hardware has it.", aliases=("torch_dtype",))
+    dtype: Dtype | None = option(
+        None, "Compute type; default: bfloat16 where the hardware has it.", aliases=("torch_dtype",)
+    )
     seed: int = option(42, "Seed of the adapter, the data order and the sampling.", least=0)
 
     batch_size: int = option(
-        16, "Rows a step: the effective size, cut to fit memory.", aliases=("train_batch_size", "global_batch_size"), least=1
+        16,
+        "Rows a step: the effective size, cut to fit memory.",
+        aliases=("train_batch_size", "global_batch_size"),
+        least=1,
     )
     epochs: int = option(1, "Passes over the data.", aliases=("num_train_epochs", "num_epochs"), least=1)
     max_steps: int | None = option(None, "Stop after so many steps.", least=1)
     learning_rate: float = option(1e-4, "Peak learning rate.", aliases=("lr",), above=0)
-    schedule: Schedule = option("constant", "Course of the learning rate.", aliases=("lr_schedule", "lr_scheduler_type", "lr_scheduler"))
+    schedule: Schedule = option(
+        "constant", "Course of the learning rate.", aliases=("lr_schedule", "lr_scheduler_type", "lr_scheduler")
+    )
     warmup: float = option(
-        0.0, "Steps in which the learning rate rises; below 1: a share of all.", aliases=("warmup_steps", "warmup_ratio"), least=0
+        0.0,
+        "Steps in which the learning rate rises; below 1: a share of all.",
+        aliases=("warmup_steps", "warmup_ratio"),
+        least=0,
     )
     weight_decay: float = option(0.0, "AdamW's decay.", least=0)
-    grad_clip_norm: float = option(1.0, "Norm the gradient is clipped to; 0 for no clipping.", aliases=("max_grad_norm",), least=0)
+    grad_clip_norm: float = option(
+        1.0, "Norm the gradient is clipped to; 0 for no clipping.", aliases=("max_grad_norm",), least=0
+    )
     micro_batch_tokens: int | None = option(
         None, "Tokens computed at a time; default: from the memory plan.", aliases=("micro_batch_size",), least=1
     )
 
     max_length: int | None = option(
-        None, "Longest row in tokens; default: the model's context.", aliases=("max_seq_length", "max_seq_len", "cutoff_len"), least=2
+        None,
+        "Longest row in tokens; default: the model's context.",
+        aliases=("max_seq_length", "max_seq_len", "cutoff_len"),
+        least=2,
     )
     overlong: Overlong = option("drop", "What happens to longer rows (an answer is never cut).")
-    limit: int | None = option(None, "Use at most so many rows; -1 for all.", aliases=("max_samples", "max_train_samples"), least=-1)
+    limit: int | None = option(
+        None, "Use at most so many rows; -1 for all.", aliases=("max_samples", "max_train_samples"), least=-1
+    )
     max_bad: int = option(0, "Unusable rows that may be skipped.", least=0)
 
     eval_fraction: float = option(
-        0.0, "Share of the rows held out for evaluation.", aliases=("test_size", "val_size", "val_set_size"), least=0, below=1
+        0.0,
+        "Share of the rows held out for evaluation.",
+        aliases=("test_size", "val_size", "val_set_size"),
+        least=0,
+        below=1,
     )
     eval_dataset: str | None = option(None, "Rows to evaluate on instead.", aliases=("eval_file", "validation_file"))
-    eval_every: int | None = option(None, "Steps between evaluations; default: at the ends.", aliases=("eval_steps",), least=1)
+    eval_every: int | None = option(
+        None, "Steps between evaluations; default: at the ends.", aliases=("eval_steps",), least=1
+    )
     samples: int = option(3, "Prompts of the data answered at the end.", least=0)
 
-    save_every: int | None = option(None, "Steps between checkpoints; default: none before the end.", aliases=("save_steps",), least=1)
+    save_every: int | None = option(
+        None, "Steps between checkpoints; default: none before the end.", aliases=("save_steps",), least=1
+    )
     keep_last: int = option(2, "Checkpoints kept.", aliases=("save_total_limit",), least=1)
     output_dir: str = option("runs", "Folder of the runs.", aliases=("output",))
     report_to: str = option("none", "none, tensorboard, wandb or trackio; several with commas.")
@@ -171,7 +196,16 @@ def options(config: type) -> dict[str, Option]:
         kind = str if choices else inner
         found.append(
             Option(
-                field.name, hints[field.name], kind, choices, optional, field.default, meta["help"], meta["aliases"], meta["limits"], own
+                field.name,
+                hints[field.name],
+                kind,
+                choices,
+                optional,
+                field.default,
+                meta["help"],
+                meta["aliases"],
+                meta["limits"],
+                own,
             )
         )
     return {each.name: each for each in sorted(found, key=lambda each: not each.own)}
@@ -194,7 +228,9 @@ def help_lines(config: type, *, own: bool, width: int = 80) -> list[str]:
     for each in options(config).values():
         if each.own is not own:
             continue
-        value = "" if each.kind is bool else " " + ("|".join(each.choices) if each.choices else each.kind.__name__.upper())
+        value = (
+            "" if each.kind is bool else " " + ("|".join(each.choices) if each.choices else each.kind.__name__.upper())
+        )
         default = "" if each.default in (None, dataclasses.MISSING) else f" [{each.default}]"
         head, text = f"  {each.flag}{value}", each.help + default + (" (needed)" if each.required else "")
         body = textwrap.wrap(text, width - 30)

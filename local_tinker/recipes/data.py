@@ -15,9 +15,12 @@ from ..data.prepare import check_rows
 from ..data.read import load_rows
 from ..data.rows import Rows
 from ..errors import DatasetError, UsageError
+from .arithmetic import arithmetic
 from .config import Common
-from .tasks import TASK_ROWS, TASKS
 
+TASK_ROWS = 512
+# Data made on the spot: name -> rows(count, seed).
+TASKS: dict[str, Callable[[int, int], Rows]] = {"arithmetic": arithmetic}
 _POLICY_COLUMNS = {"prompt", "messages", "conversations", "question", "tools", "system"}
 _CONTINUED = 48  # characters of a plain text that the model is asked to continue
 
@@ -48,7 +51,9 @@ def load_data(config: Common, *, say: Callable[[str], None]) -> Data:
     elif config.eval_fraction:
         count = round(config.eval_fraction * len(rows))
         if not 1 <= count < len(rows):
-            raise UsageError(f"eval_fraction={config.eval_fraction:g} of {len(rows)} rows holds out {count}; both parts need a row")
+            raise UsageError(
+                f"eval_fraction={config.eval_fraction:g} of {len(rows)} rows holds out {count}; both parts need a row"
+            )
         chosen = set(random.Random(f"held out {config.seed}").sample(range(len(rows)), count))
         rows, held_out = _pick(rows, [i for i in range(len(rows)) if i not in chosen]), _pick(rows, sorted(chosen))
     return Data(rows, held_out, digests)
@@ -64,13 +69,20 @@ def _pick(rows: Rows, indices: Sequence[int]) -> Rows:
     return Rows([rows[i] for i in indices], name=rows.name, bad=rows.bad)
 
 
-def check_data(data: Data, config: Common, renderer: Any, *, loss: str, longest: int, say: Callable[[str], None]) -> tuple[Data, Any]:
+def check_data(
+    data: Data, config: Common, renderer: Any, *, loss: str, longest: int, say: Callable[[str], None]
+) -> tuple[Data, Any]:
     """The rows that can be trained on, and the preflight figures of them.
 
     Raises:
         DatasetError: a row beyond `max_bad` that cannot be used, with file, line and field; nothing left.
     """
-    limits = {"loss": loss, "renderer": renderer, "max_length": config.max_length or longest, "overlong": config.overlong}
+    limits = {
+        "loss": loss,
+        "renderer": renderer,
+        "max_length": config.max_length or longest,
+        "overlong": config.overlong,
+    }
     prepared = check_rows(data.rows, max_bad=max(config.max_bad - len(data.rows.bad), 0), say=say, **limits)
     report = preflight(prepared, renderer=renderer)
     held_out = data.held_out
@@ -89,9 +101,13 @@ def check_prompts(data: Data, renderer: Any, *, most: int, say: Callable[[str], 
         sizes = [len(renderer.generation_prompt(prompt_of(row))) for row in rows]
         kept = [i for i, size in enumerate(sizes) if size <= most]
         if len(kept) < len(sizes):
-            say(f"{len(sizes) - len(kept):,} of {len(sizes):,} prompts are longer than {most:,} tokens and are left out")
+            say(
+                f"{len(sizes) - len(kept):,} of {len(sizes):,} prompts are longer than {most:,} tokens and are left out"
+            )
         if len(rows) and not kept:
-            raise DatasetError(f"no prompt leaves room for an answer: all are longer than {most:,} tokens; lower max_tokens")
+            raise DatasetError(
+                f"no prompt leaves room for an answer: all are longer than {most:,} tokens; lower max_tokens"
+            )
         parts.append(_pick(rows, kept))
         lengths += [sizes[i] for i in kept]
     first = parts[0][0]

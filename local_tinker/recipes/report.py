@@ -81,7 +81,9 @@ def print_lines(lines: Sequence[str]) -> None:
     """Lines on stdout, wrapped between words where a terminal is narrow."""
     for line in lines:
         indent = " " * (len(line) - len(line.lstrip()) + 2)
-        print("\n".join(textwrap.wrap(line, max(width() - 1, 40), subsequent_indent=indent, break_long_words=False)) or "")
+        print(
+            "\n".join(textwrap.wrap(line, max(width() - 1, 40), subsequent_indent=indent, break_long_words=False)) or ""
+        )
     sys.stdout.flush()
 
 
@@ -142,7 +144,9 @@ class ProgressReport:
     def _open(self) -> Any:
         from rich.progress import BarColumn, Progress, TextColumn
 
-        live = Progress(BarColumn(bar_width=12), TextColumn("{task.fields[line]}"), console=self._console, transient=True)
+        live = Progress(
+            BarColumn(bar_width=12), TextColumn("{task.fields[line]}"), console=self._console, transient=True
+        )
         self._task = live.add_task("train", total=self.total, completed=self.done, line="")
         live.start()
         return live
@@ -150,12 +154,11 @@ class ProgressReport:
     def step(self, step: int, numbers: Mapping[str, float], tokens: int) -> float:
         """Show a finished step; returns tokens a second of late."""
         now = time.monotonic()
-        started, _ = self._recent[0]
         self._recent.append((now, tokens))
-        since = list(self._recent)[1:] if len(self._recent) <= self._recent.maxlen else list(self._recent)
+        started, since = self._recent[0][0], list(self._recent)[1:]
         seconds = max(now - started, 1e-9)
         speed = sum(count for _, count in since) / seconds
-        left = (self.total - step) * seconds / max(len(since), 1)
+        left = (self.total - step) * seconds / len(since)
         line = self.line(step, numbers, speed, left)
         if self._live is not None:
             self._live.update(self._task, completed=step, line=line)
@@ -192,4 +195,8 @@ def _number(value: float) -> str:
 
 def _time(seconds: float) -> str:
     whole = round(seconds)
-    return f"{whole // 3600}:{whole % 3600 // 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"
+    return (
+        f"{whole // 3600}:{whole % 3600 // 60:02}:{whole % 60:02}"
+        if whole >= 3600
+        else f"{whole // 60}:{whole % 60:02}"
+    )

@@ -83,7 +83,9 @@ def _boolean(value: Any, where: str) -> bool:
 def read_flags(words: Sequence[str], config: type) -> list[tuple[str, Any, str]]:
     """`--name value`, `--name=value`, `--switch`, `--no-switch`."""
     known = options(config)
-    switches = {name for each in known.values() if each.kind is bool for name in (each.name, *each.aliases)} | set(_SWITCHES)
+    switches = {name for each in known.values() if each.kind is bool for name in (each.name, *each.aliases)} | set(
+        _SWITCHES
+    )
     pairs, rest = [], list(words)
     while rest:
         word = rest.pop(0)
@@ -106,7 +108,9 @@ def read_flags(words: Sequence[str], config: type) -> list[tuple[str, Any, str]]
     return pairs
 
 
-def read_environment(config: type, every: Sequence[type], environ: Mapping[str, str] = os.environ) -> list[tuple[str, Any, str]]:
+def read_environment(
+    config: type, every: Sequence[type], environ: Mapping[str, str] = os.environ
+) -> list[tuple[str, Any, str]]:
     """LOCAL_TINKER_BATCH_SIZE=8 and so on; a variable that names a field of another recipe is not meant for this one."""
     known = options(config)
     others = {name for other in every for each in options(other).values() for name in (each.name, *each.aliases)}
@@ -132,7 +136,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the config file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UsageError(
+            f"the config file {path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     values = _toml(text, path) if path.suffix == ".toml" else _yaml(text, path)
     if values is None:
         raise UsageError(f"{path} is empty; copy one of the shipped recipes, or give flags")
@@ -187,7 +193,9 @@ def _loader() -> type:
         keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
         twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice!r} stands there twice", node.start_mark
+            )
         loader.flatten_mapping(node)
         return {loader.construct_object(k, deep=True): loader.construct_object(v, deep=True) for k, v in node.value}
 
@@ -225,7 +233,9 @@ def _validated(config: type[Common], values: Mapping[str, Any], given: Mapping[s
 
     known = options(config)
     fields = {name: (known[name].type, pydantic.Field(**known[name].limits)) for name in values}
-    settings = pydantic.ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=())
+    settings = pydantic.ConfigDict(
+        extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=()
+    )
     try:
         return pydantic.create_model("Values", __config__=settings, **fields)(**values).model_dump()
     except pydantic.ValidationError as error:

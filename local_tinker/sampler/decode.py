@@ -99,7 +99,8 @@ class _Decoder:
 
     def __init__(self, road: Road, head: Head, cache: KVCache, *, head_path: str, pairs: Mapping, scale: float) -> None:
         self._road, self._head, self._cache = road, head, cache
-        self._pairs, self._scale, self._head_pair = pairs, scale, pairs.get(head_path)
+        self._pairs = {path: pair for path, pair in pairs.items() if path != head_path}
+        self._scale, self._head_pair = scale, pairs.get(head_path)
         self._batch: _Batch | None = None
 
     @torch.no_grad()

@@ -126,8 +126,8 @@ class Detokenizer:
         return rest
 
     def _advance(self) -> None:
-        # Some decoders strip the space of the first printed piece. The tokens that just printed stay as context, so that
-        # they take this loss on themselves and the following ones read as they do in the whole text.
+        # Some decoders strip the space of the first printed piece. The tokens that just printed stay as context: they
+        # take this loss on themselves, and the following ones read as they do in the whole text.
         self._window = self._window[self._context :]
         self._context = len(self._window)
         self._text = self._decode(self._window)

@@ -113,6 +113,13 @@ def test_adapter_parts_of_the_3b_at_rank_32():
     assert (parts["adapter"], parts["adapter gradient"], parts["optimizer"]) == (6 * lora, 4 * lora, 8 * lora)
 
 
+def test_quantised_weights_need_room_for_gate_and_up_dequantised():
+    # 2 x 3,072 x 8,192 weights of two bytes are 96 MiB; nothing is dequantised when the base is not quantised
+    choice = Choice(level="none", tokens=1, resident_layers=0, head_rows=256)
+    for quantize, expected in (("4bit", 96 * 2**20), ("8bit", 96 * 2**20), ("none", 0)):
+        assert training_parts(LLAMA_3B, TrainSettings(quantize=quantize), choice)["dequantisation"] == expected
+
+
 def test_fp64_training_holds_fp64_adapters_and_no_second_copy():
     choice = Choice(level="none", tokens=1, resident_layers=0, head_rows=256)
     parts = training_parts(SMOL, TrainSettings(rank=1, quantize="none", compute_bytes=8), choice)

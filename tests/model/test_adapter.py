@@ -88,5 +88,7 @@ def test_targets_by_suffix_by_path_and_all():
 
 
 def test_a_target_that_matches_nothing_lists_what_there_is():
-    with pytest.raises(UsageError, match="'q_prj' matches nothing in this model; did you mean 'q_proj'. It has: k_proj, q_proj"):
+    with pytest.raises(
+        UsageError, match="'q_prj' matches nothing in this model; did you mean 'q_proj'. It has: k_proj, q_proj"
+    ):
         choose_targets(["a.q_proj", "a.k_proj"], ["q_prj"])

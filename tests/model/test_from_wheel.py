@@ -16,7 +16,7 @@ from local_tinker.model.gguf_convert import convert, hf_name, unpermute
 
 BYTES = [chr(c) for c in range(33, 127)] + ["Ġ", "Ċ"]
 TOKENS = ["<unk>", "<s>", "</s>", *BYTES, "he", "Ġhe"]
-HIDDEN, HEADS = 8, 2
+HIDDEN, HEADS, KV_HEADS = 8, 2, 1
 
 
 def write_gguf(path, *, architecture="llama"):
@@ -25,8 +25,8 @@ def write_gguf(path, *, architecture="llama"):
 
     rng = np.random.default_rng(0)
     shapes = {"token_embd.weight": (len(TOKENS), HIDDEN), "output_norm.weight": (HIDDEN,)}
-    for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
-        shapes[f"blk.0.{part}.weight"] = (HIDDEN, HIDDEN)
+    for part, rows in (("attn_q", HIDDEN), ("attn_k", HIDDEN // 2), ("attn_v", HIDDEN // 2), ("attn_output", HIDDEN)):
+        shapes[f"blk.0.{part}.weight"] = (rows, HIDDEN)
     shapes |= {"blk.0.ffn_gate.weight": (16, HIDDEN), "blk.0.ffn_up.weight": (16, HIDDEN)}
     shapes |= {
         "blk.0.ffn_down.weight": (HIDDEN, 16),
@@ -40,7 +40,7 @@ def write_gguf(path, *, architecture="llama"):
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(16)
     writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
     writer.add_rope_freq_base(100000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(TOKENS))
@@ -118,10 +118,12 @@ def test_conversion_keeps_every_value_rounded_to_bf16(tmp_path):
         assert len(file.keys()) == len(tensors)
         down = file.get_tensor("model.layers.0.mlp.down_proj.weight")
         query = file.get_tensor("model.layers.0.self_attn.q_proj.weight")
+        key = file.get_tensor("model.layers.0.self_attn.k_proj.weight")
     assert down.dtype == torch.bfloat16
     assert torch.equal(down, torch.tensor(tensors["blk.0.ffn_down.weight"]).to(torch.bfloat16))
     rows = [0, 2, 1, 3, 4, 6, 5, 7]  # per head of four rows: the inverse of the interleaving is itself
     assert torch.equal(query, torch.tensor(tensors["blk.0.attn_q.weight"][rows]).to(torch.bfloat16))
+    assert torch.equal(key, torch.tensor(tensors["blk.0.attn_k.weight"][rows[:4]]).to(torch.bfloat16))
 
 
 def test_the_converted_folder_loads_as_a_tied_llama_with_its_tokenizer(packaged):

@@ -26,7 +26,9 @@ def test_value_gradient_and_entropy_equal_log_softmax_of_full_logits(columns, so
     reference = reference if columns else reference[:, 0]
 
     head = Head(weight, bias, softcap, 1.3)
-    ours, entropy = target_logprobs(h, head, targets, pair=(a, b) if adapted else None, lora_scale=0.5, entropy=True, chunk=4)
+    ours, entropy = target_logprobs(
+        h, head, targets, pair=(a, b) if adapted else None, lora_scale=0.5, entropy=True, chunk=4
+    )
     assert torch.allclose(ours, reference, atol=1e-12)
     assert torch.allclose(entropy, -(full.exp() * full).sum(1).detach(), atol=1e-11)
     leaves = [h, a, b] if adapted else [h]

@@ -3,16 +3,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tests.model.families import (
-    FAMILIES,
-    CacheAttend,
-    config_of,
-    freeze,
-    packed_positions,
-    random_pairs,
-    random_tokens,
-    tiny,
-)
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -23,6 +13,16 @@ from local_tinker.model.lora import LoraDropout
 from local_tinker.model.mlp import ACTIVATIONS, gated
 from local_tinker.model.norm import rms_norm
 from local_tinker.model.spec import spec_for
+from tests.model.families import (
+    FAMILIES,
+    CacheAttend,
+    config_of,
+    freeze,
+    packed_positions,
+    random_pairs,
+    random_tokens,
+    tiny,
+)
 
 EDGES = [0, 9, 29, 36]
 COUNT = EDGES[-1]

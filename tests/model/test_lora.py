@@ -10,11 +10,18 @@ F64 = torch.float64
 def group(quantize, count=3):
     torch.manual_seed(0)
     linears = [
-        FrozenLinear(torch.randn(128, 64, dtype=F64) * 0.1, torch.randn(128, dtype=F64), quantize=quantize, dtype=F64, path=str(i))
+        FrozenLinear(
+            torch.randn(128, 64, dtype=F64) * 0.1,
+            torch.randn(128, dtype=F64),
+            quantize=quantize,
+            dtype=F64,
+            path=str(i),
+        )
         for i in range(count)
     ]
     pairs = [
-        (torch.randn(4, 64, dtype=F64, requires_grad=True), torch.randn(128, 4, dtype=F64, requires_grad=True)) for _ in linears
+        (torch.randn(4, 64, dtype=F64, requires_grad=True), torch.randn(128, 4, dtype=F64, requires_grad=True))
+        for _ in linears
     ]
     return linears, pairs
 

@@ -4,16 +4,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tests.model.families import (
-    VOCAB,
-    CacheAttend,
-    config_of,
-    freeze,
-    packed_positions,
-    random_pairs,
-    random_tokens,
-    tiny,
-)
 from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +15,16 @@ from local_tinker.model.linear import FrozenLinear
 from local_tinker.model.lora import LoraDropout
 from local_tinker.model.plain import PlainRoad, probe, relative_gap
 from local_tinker.model.spec import spec_for
+from tests.model.families import (
+    VOCAB,
+    CacheAttend,
+    config_of,
+    freeze,
+    packed_positions,
+    random_pairs,
+    random_tokens,
+    tiny,
+)
 
 EDGES = [0, 9, 29, 36]
 COUNT = EDGES[-1]

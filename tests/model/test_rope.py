@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from tests.model.families import config_of, tiny
 from transformers import AutoModelForCausalLM
 
 from local_tinker.errors import ModelError
 from local_tinker.model.rope import document_lengths, rope_of, rotate
+from tests.model.families import config_of, tiny
 
 CPU = torch.device("cpu")
 DYNAMIC = dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0)

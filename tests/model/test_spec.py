@@ -1,10 +1,10 @@
 import pytest
-from tests.model.families import FAMILIES, config_of
 from transformers import GPT2Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from local_tinker.model.spec import FAMILIES as ENTRIES
 from local_tinker.model.spec import FamilySpec, Refusal, spec_for
+from tests.model.families import FAMILIES, config_of
 
 
 def test_every_family_has_a_tiny_model_and_an_entry():

@@ -25,7 +25,7 @@ class ToyHead:
 
 
 class ToyRoad:
-    """Residual attention with sinusoidal positions; a window in layer 1 and a softcap where asked."""
+    """Residual attention with sinusoidal positions; a window in layer 0 and a softcap where asked."""
 
     name = "toy"
 
@@ -72,7 +72,7 @@ class ToyRoad:
                 k.view(-1, KV_HEADS, HEAD_DIM),
                 v.view(-1, KV_HEADS, HEAD_DIM),
                 scale=HEAD_DIM**-0.5,
-                window=self.window if index == 1 else None,
+                window=self.window if index == 0 else None,
                 softcap=self.softcap,
             )
             x = x + out.flatten(1) @ layer["o"].T

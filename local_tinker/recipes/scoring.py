@@ -1,39 +1,23 @@
-"""Tasks made on the spot, with answers that a verifier checks; and reward functions by name or file."""
+"""Reward functions: a verifier by name, or a function in a file."""
 
 from __future__ import annotations
 
 import importlib.util
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import rewards
-from ..data.rows import Row, Rows, RowSource
 from ..errors import UsageError
 from .config import nearest
+from .data import columns_of, prompt_of
 
-TASK_ROWS = 512
 # Name -> verifier; each reads the row's `answer` column.
 REWARDS: dict[str, Callable] = {
     "number_match": rewards.number_match,
     "exact_match": rewards.exact_match,
     "math_match": rewards.math_match,
 }
-
-
-def arithmetic(count: int, seed: int) -> Rows:
-    """Sums and differences of small numbers: `{"prompt": [...], "answer": "12"}`."""
-    draw, rows = random.Random(f"arithmetic {seed}"), []
-    for number in range(1, count + 1):
-        a, b = draw.randint(1, 9), draw.randint(1, 9)
-        question, answer = (f"{a} + {b}", a + b) if draw.random() < 0.5 else (f"{max(a, b)} - {min(a, b)}", abs(a - b))
-        content = f"What is {question}? Answer with the number only."
-        row = {"prompt": [{"role": "user", "content": content}], "answer": str(answer)}
-        rows.append(Row(row, source=RowSource("arithmetic", number)))
-    return Rows(rows, name="arithmetic")
-
-
-TASKS: dict[str, Callable[[int, int], Rows]] = {"arithmetic": arithmetic}
 
 
 def find_reward(name: str) -> Callable:
@@ -58,5 +42,16 @@ def find_reward(name: str) -> Callable:
     found = getattr(module, function, None)
     if not callable(found):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UsageError(f"{file} has no function {function!r}{nearest(function, names)} (it has {', '.join(names) or 'none'})")
+        raise UsageError(
+            f"{file} has no function {function!r}{nearest(function, names)} (it has {', '.join(names) or 'none'})"
+        )
     return rewards.reward(found)
+
+
+def mean_reward(trainer: Any, reward: Callable, rows: Sequence[Any], *, max_tokens: int) -> float:
+    """Mean reward of the most likely answer to each prompt; answers that cannot be scored do not count."""
+    prompts = [prompt_of(row) for row in rows]
+    sampler = trainer.save_weights_and_get_sampling_client()
+    answers = sampler.sample_batch(prompts, max_tokens=max_tokens, temperature=0)
+    scores = [s for s in rewards.score_batch(reward, prompts, answers, columns=columns_of(rows)) if s is not None]
+    return sum(scores) / len(scores) if scores else 0.0

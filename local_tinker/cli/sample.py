@@ -1,0 +1,70 @@
+"""`local-tinker sample`: completions of one prompt."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ..errors import UsageError
+from . import output
+from .target import open_sampler
+
+
+def sample(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, an adapter folder, a hub id, folder or alias.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to ask; without it, or as -, it is read from stdin.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", "-n", help="Completions.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Share of the likeliest tokens kept; 1 keeps all.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 512,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message before the question.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as plain text; without it, it is a chat.")
+    ] = False,
+    quantize: Annotated[str, typer.Option(help="How a model's weights are held: 4bit, 8bit or none.")] = "4bit",
+    root: Annotated[str, typer.Option(help="The folder that holds the runs.")] = "runs",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print completions of one prompt."""
+    if n < 1:
+        raise UsageError(f"--n must be >= 1, got {n}")
+    if raw and system:
+        raise UsageError("--system belongs to a chat; leave it or --raw away")
+    text = _read(prompt)
+    asked = (
+        text
+        if raw
+        else [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
+    )
+    sampler = open_sampler(model, root=root, quantize=quantize)
+    settings = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    (found,) = sampler.sample_batch([asked], n=n, **settings)
+    if json:
+        fields = ("stop_reason", "tokens", "logprobs", "weights_version")
+        output.as_json([{"text": str(c), **{name: getattr(c, name) for name in fields}} for c in found])
+        return
+    for number, completion in enumerate(found, start=1):
+        if n > 1:
+            print(output.paint(f"--- {number} of {n}", "dim", sys.stdout))
+        print(completion)
+        if completion.stop_reason == "length":
+            output.note(f"(cut after {max_tokens} tokens; --max-tokens allows more)")
+
+
+def _read(prompt: str | None) -> str:
+    if prompt is not None and prompt != "-":
+        text = prompt
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise UsageError('no prompt: give it after the model, such as "Who are you?", or pipe it in')
+    else:
+        text = sys.stdin.read().rstrip("\n")
+    if not text.strip():
+        raise UsageError("the prompt is empty")
+    return text

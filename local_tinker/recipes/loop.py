@@ -1,0 +1,331 @@
+"""What every training loop needs around its two calls: progress, evaluation, checkpoints, resuming, a clean end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LocalTinkerError, StateError, UsageError
+from . import report
+from .config import Common, nearest, resolved
+from .signals import Signals
+
+if TYPE_CHECKING:
+    from ..data.batches import Batches
+    from ..runs import Run
+    from ..types import AdamParams, LossResult, StepResult
+    from .data import Data
+
+MOST_SKIPPED = 3  # steps in a row whose gradient was not finite
+_ANSWER_TOKENS = 64
+
+
+class Session:
+    """One run of a loop: iterate it for batches, call `log` once in the body.
+
+    Entering makes (or takes over) the run's folder. Leaving saves: the adapter at the end, and state and adapter when
+    the loop is interrupted or fails, so that `run --resume` continues exactly.
+
+    Attributes:
+        step: steps finished. total: steps of the whole run.
+    """
+
+    def __init__(
+        self,
+        config: Common,
+        trainer: Any,
+        order: Batches,
+        data: Data,
+        *,
+        loss: str,
+        resume: Run | None = None,
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        headline: tuple[str, ...] = ("loss",),
+    ) -> None:
+        self.config, self.trainer, self.order, self.data, self.loss = config, trainer, order, data, loss
+        self.step, self.total = 0, min(len(order), config.max_steps or len(order))
+        self._resume, self._evaluate, self.headline = resume, evaluate, headline
+        self._signals = Signals(report.say)
+        self._cursor = order.state()
+        self._skipped, self._logged, self._saved_at = 0, False, -1
+        self.first: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        if self.step == 0:
+            self._run_evaluation()
+        for batch in self.order if self.step < self.total else ():
+            self._batch, self._logged = batch, False
+            yield batch
+            self._finish_step()
+            if self.step >= self.total:
+                break
+        if self.config.eval_every is None or self.step % self.config.eval_every:
+            self._run_evaluation()
+
+    @property
+    def adam(self) -> AdamParams:
+        """Settings of the optimiser step about to be taken."""
+        from ..types import AdamParams
+
+        rate = self.config.learning_rate_at(self.step, self.total)
+        return AdamParams(
+            learning_rate=rate, weight_decay=self.config.weight_decay, grad_clip_norm=self.config.grad_clip_norm
+        )
+
+    def log(self, loss: LossResult, step: StepResult, **more: float) -> None:
+        """Record the step's numbers and show them."""
+        tokens = sum(len(values) for values in loss.logprobs)
+        numbers = {
+            "loss": float(loss),
+            **loss.metrics,
+            **more,
+            "learning_rate": self.adam.learning_rate,
+            "grad_norm": step.grad_norm,
+        }
+        self._skipped = self._skipped + 1 if step.skipped else 0
+        shown = {name: numbers[name] for name in self.headline if name in numbers}
+        speed = self._progress.step(self.step + 1, shown, tokens)
+        extra = {
+            "tokens": tokens,
+            "tokens_per_second": speed,
+            "epoch": self.order.epoch + self.order.position / self.order.per_epoch,
+        }
+        self._trackers.log(
+            self.step + 1, {**numbers, **extra, "skipped": int(step.skipped), "memory_bytes": report.used_bytes()}
+        )
+        self.first = self.first or numbers
+        self.last, self._logged = numbers, True
+
+    def _finish_step(self) -> None:
+        assert self._logged, "the loop's body calls session.log once a step"
+        self.step, self._cursor, self._applied = self.step + 1, self.order.state(), self.trainer.step
+        if self._skipped:
+            self._progress.note(f"step {self.step}: the gradient was not finite; the weights are unchanged")
+        if self._skipped >= MOST_SKIPPED:
+            raise LocalTinkerError(
+                f"{MOST_SKIPPED} steps in a row had a gradient that is not finite; the last batch was {_name(self._batch)}. "
+                "Lower learning_rate, or look at those rows"
+            )
+        if self.config.eval_every and self.step % self.config.eval_every == 0:
+            self._run_evaluation()
+        if self.config.save_every and self.step % self.config.save_every == 0 and self.step < self.total:
+            self._save_state()
+        if self._signals.asked:
+            raise KeyboardInterrupt
+
+    def _run_evaluation(self) -> None:
+        if self._evaluate is None or not len(self.data.held_out):
+            return
+        numbers = dict(self._evaluate())
+        self._trackers.log(self.step, numbers)
+        self._progress.note(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+        self.last = {**self.last, **numbers}
+        self.first = {**numbers, **self.first}
+
+    # -- begin and end -----------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Session:
+        from ..runs import Run
+        from ..track import TrackedRun, open_trackers
+
+        config = self.config
+        values = resolved(config, self.loss)
+        if self._resume is None:
+            self.run = Run.create(
+                config.output_dir,
+                run_name(config, self.loss),
+                config=values,
+                data=self.data.digests,
+                seeds={"seed": config.seed},
+            )
+        else:
+            self.run = self._resume.resume()
+        try:
+            if self._resume is not None:
+                self._load()
+            self._applied = self.trainer.step
+            tracked = TrackedRun(self.run.path, self.run.name, values, self.step if self._resume is not None else None)
+            self._trackers = open_trackers(tracker_names(config), tracked, say=report.say)
+        except BaseException as error:
+            self.run.finish("failed", f"{type(error).__name__}: {error}")
+            raise
+        report.say(f"run {self.run.path}, {self.total - self.step:,} steps of {config.batch_size} rows")
+        self._progress = report.ProgressReport(self.total, done=self.step)
+        self._signals.install()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        with self._signals.saving():
+            try:
+                self._progress.close()
+                if kind is None:
+                    self._end("finished", None)
+                elif issubclass(kind, KeyboardInterrupt):
+                    self._stop("interrupted", "Ctrl-C")
+                else:
+                    # what ended the run must not be hidden by a save that fails too
+                    with suppress(LocalTinkerError):
+                        self._stop("failed", f"{kind.__name__}: {error}")
+            finally:
+                self._trackers.close()
+                self._signals.restore()
+
+    def _stop(self, status: str, cause: str) -> None:
+        # an interrupt can fall between an optimiser step and its bookkeeping: then that batch has been used
+        if self.trainer.step != self._applied:
+            self.step, self._cursor, self._applied = self.step + 1, self.order.state(), self.trainer.step
+        try:
+            self._save_state(discard_gradients=True)
+            report.say(f"saved after step {self.step}; to go on: local-tinker run --resume {self.run.path}")
+        finally:
+            self._end(status, cause)
+
+    def _end(self, status: str, cause: str | None) -> None:
+        try:
+            self.trainer.save_adapter(self.run.adapter, overwrite=True)
+        finally:
+            self.run.finish(status, cause)
+
+    def _save_state(self, *, discard_gradients: bool = False) -> None:
+        from ..checkpoint import rotate
+
+        if self._saved_at == self.step:
+            return
+        extra = {"step": self.step, "batches": self._cursor, "skipped": self._skipped}
+        path = self.run.checkpoints / f"step-{self.step:06d}"
+        self.trainer.save_state(path, overwrite=True, discard_gradients=discard_gradients, extra=extra)
+        # a state names no owner, and this folder holds this run's only
+        rotate(self.run.checkpoints, self.config.keep_last, owner=None)
+        self._saved_at = self.step
+
+    def _load(self) -> None:
+        checkpoint = self.run.latest_checkpoint(say=report.say)
+        if checkpoint is None:
+            raise StateError(f"run {self.run.id} has no whole checkpoint to go on from; start it anew")
+        extra = self.trainer.load_state(checkpoint.path)
+        self.order.load(extra["batches"])
+        self.step, self._cursor, self._skipped = extra["step"], extra["batches"], extra["skipped"]
+        self._saved_at = self.step
+        report.say(f"resuming {self.run.id} after step {self.step}")
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+def run_name(config: Common, loss: str) -> str:
+    """The config's name, or loss and model as one plain path component."""
+    return config.name or re.sub(r"[^A-Za-z0-9._-]+", "-", f"{loss}-{Path(config.model).name}").strip(".-")[:80]
+
+
+def tracker_names(config: Common) -> list[str]:
+    """The trackers asked for, known ones only."""
+    from ..track import TRACKERS
+
+    names = [name.strip() for name in config.report_to.split(",") if name.strip()]
+    for name in names:
+        if name != "none" and name not in TRACKERS:
+            raise UsageError(
+                f"report_to: no tracker {name!r}{nearest(name, TRACKERS)}; there are none, {', '.join(TRACKERS)}"
+            )
+    return names
+
+
+def find_run(word: str, root: str | Path = "runs") -> Run:
+    """A run by its folder, its id or the unambiguous start of its id; `last` is the newest."""
+    from ..runs import Run, list_runs
+
+    if (Path(word) / "run.json").is_file():
+        return Run.open(word)
+    found = list_runs(root)
+    matches = (
+        found[-1:]
+        if word == "last"
+        else [run for run in found if run.id == word] or [r for r in found if r.id.startswith(word)]
+    )
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UsageError(
+            f"{word!r} starts {len(matches)} runs: {', '.join(run.id for run in matches)}; type more of it"
+        )
+    raise UsageError(
+        f"no run {word!r} in {root}{nearest(word, [run.id for run in found])}; `local-tinker runs list` shows them"
+    )
+
+
+def unfinished(config: Common, loss: str) -> Run:
+    """The newest unfinished run of exactly this config."""
+    from ..runs import last_unfinished
+
+    found = last_unfinished(config.output_dir, resolved(config, loss))
+    if found is None:
+        raise UsageError(
+            f"no unfinished run of this config in {config.output_dir}; leave --resume away, or name the run"
+        )
+    return found
+
+
+# -- shared steps of the recipes ---------------------------------------------------------------------------------------
+
+
+def announce_plan(config: Common, hardware: Any) -> None:
+    """The memory plan, when the model's dimensions are known before it is loaded."""
+    from ..errors import ModelError
+    from ..model import catalogue
+
+    try:
+        dims = catalogue.dims(config.model)
+    except ModelError:
+        report.say("memory plan: after the model is here (its dimensions are not known yet)")
+        return
+    plan = report.plan_for(config, dims, hardware)
+    report.print_lines(report.plan_lines(plan, dims, config.quantize, hardware.free_bytes))
+
+
+def model_length(model: str) -> int:
+    """The model's context, in tokens."""
+    from ..model import catalogue
+
+    return catalogue.dims(model).max_positions
+
+
+def answers(
+    trainer: Any, data: Data, loss: str, *, count: int, max_tokens: int = _ANSWER_TOKENS
+) -> list[tuple[Any, str, str | None]]:
+    """(prompt, the model's answer now, the data's answer) for the first rows."""
+    from .data import question_of
+
+    asked = [question_of(row, loss) for row in data.shown[:count]]
+    if not asked:
+        return []
+    sampler = trainer.save_weights_and_get_sampling_client()
+    said = sampler.sample_batch([prompt for prompt, _ in asked], max_tokens=max_tokens, temperature=0)
+    return [(prompt, text, expected) for (prompt, expected), text in zip(asked, said, strict=True)]
+
+
+def finish(session: Session, *, max_tokens: int = _ANSWER_TOKENS) -> Path:
+    """What came out, a few answers, and the next command."""
+    config, run = session.config, session.run
+    told = [
+        name
+        for name in session.last
+        if name in session.first and (name in ("loss", *session.headline) or name.startswith("eval_"))
+    ]
+    changes = [f"{name} {session.first[name]:.4f} -> {session.last[name]:.4f}" for name in told]
+    report.print_lines(["", f"finished after {session.step:,} steps: {', '.join(changes)}", f"adapter: {run.adapter}"])
+    report.print_answers(
+        answers(session.trainer, session.data, session.loss, count=config.samples, max_tokens=max_tokens)
+    )
+    report.print_lines(["", f"next: local-tinker chat {run.path}"])
+    return run.path
+
+
+def _name(batch: list[Any]) -> str:
+    named = [str(source) for row in batch if (source := getattr(row, "source", None))]
+    return ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")

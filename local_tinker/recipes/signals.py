@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM in a training loop: finish the step, save, leave; a second one stops at once and saves too."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Signals:
+    """Handlers for SIGINT and SIGTERM between `install` and `restore`; other threads than the main one get none.
+
+    Attributes:
+        asked: a stop was asked for.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.asked = False
+        self._say, self._saving = say, False
+        self._before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._received)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """A stretch that no signal cuts short."""
+        self._saving = True
+        try:
+            yield
+        finally:
+            self._saving = False
+
+    def _received(self, _number: int, _frame: Any) -> None:
+        if self._saving:
+            _write("saving, one moment")
+        elif not self.asked:
+            self.asked = True
+            _write("stopping after this step; once more to stop now")
+        else:
+            raise KeyboardInterrupt
+
+
+def _write(line: str) -> None:
+    # print() from a signal handler can meet a print() that it interrupted
+    os.write(2, f"\n{line}\n".encode())
