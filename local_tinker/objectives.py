@@ -17,7 +17,7 @@ from .data.datum import rollout
 from .engine.base import LossCall, Scores, Unit
 from .errors import UsageError
 from .losses import LOSSES
-from .losses.base import LossSpec, check_options
+from .losses.base import check_options
 from .types import Completion, Datum, ModelInput, Rollout
 
 REMEMBERED = 65_536  # rollouts whose fixed values are kept; past it the oldest go
@@ -242,7 +242,7 @@ def _with_common_fields(
     ]
 
 
-def policy_units(rollouts: Sequence[Any], rewards: Sequence[Any], spec: LossSpec, *, base: str) -> list[Unit]:
+def policy_units(rollouts: Sequence[Any], rewards: Sequence[Any], *, base: str) -> list[Unit]:
     """Rollouts with one advantage each (or one a token) for Tinker's policy losses, taken as given."""
     flat = flatten_rewards(rollouts, rewards, per_token=True)
     checked = check_rollouts(flat.completions, base=base)

@@ -213,7 +213,7 @@ class TrainingClient:
         if rewards is None:
             raise UsageError(f"{spec.name} on completions takes their advantages as the second argument")
         chosen, _ = check_options(spec, options)
-        return RolloutCall(LossCall(policy_units(batch, rewards, spec, base=base), spec.name, chosen))
+        return RolloutCall(LossCall(policy_units(batch, rewards, base=base), spec.name, chosen))
 
     def _units(self, batch: Any, loss: str, spec: LossSpec | None = None) -> list[Unit]:
         prepared = to_units(

@@ -62,7 +62,15 @@ class VarlenCausal:
         self.edges = torch.tensor(self.cu_seqlens, dtype=torch.int32, device=device) if on_gpu else None
 
     def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
+        self,
+        layer: int,  # noqa: ARG002  (a cache needs it)
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
     ) -> Tensor:
         """-> (N, Hq, D)."""
         if window is not None and window >= self.max_length:
@@ -193,7 +201,7 @@ def register() -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, no_mask)
 
 
-def no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
+def no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
     """Our attention masks by itself; it must not be handed padding to mask."""
     if attention_mask is not None:
         raise ModelError(
@@ -215,7 +223,7 @@ def transformers_attention(
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
     attend: Attend | None = None,
-    **kwargs: Any,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query (B, Hq, L, D), key, value (B, Hkv, K, D) -> (B, L, Hq, D).
 

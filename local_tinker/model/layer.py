@@ -84,6 +84,7 @@ class FastRoad:
     """Final hidden states of packed tokens, for training and sampling alike."""
 
     name = "fast"
+    packed = True  # documents may share a row, and a cache may be continued
 
     def __init__(self, spec: FamilySpec, weights: RoadWeights) -> None:
         self.spec, self.weights = spec, weights

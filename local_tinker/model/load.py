@@ -254,8 +254,9 @@ def _check_head(model: nn.Module, loaded: LoadedModel) -> None:
 def _fast_road(model: nn.Module, config: Any, loaded: LoadedModel) -> FastRoad | None:
     """The fast road when the family is known and a probe agrees with the plain road; else None, and why is said."""
     spec: FamilySpec | Refusal = spec_for(config)
+    slow = "" if loaded.plain.packed else f"; one document a row and no cache in sampling: {loaded.plain.reason}"
     if isinstance(spec, Refusal):
-        loaded.said.append(f"{config.model_type} runs on the plain road: {spec.reason}")
+        loaded.said.append(f"{config.model_type} runs on the plain road: {spec.reason}{slow}")
         return None
     fast = FastRoad(spec, collect(model, spec))
     agrees, gap = probe(fast, loaded.plain, _probe_tokens(loaded), tolerance=PROBE_TOLERANCE[loaded.dtype])

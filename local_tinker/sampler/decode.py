@@ -5,6 +5,7 @@ Shapes: N packed tokens, B decoding rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, UsageError
+from ..model.attention import VarlenCausal
 from .kv_cache import CacheAttend, DecodeRows, KVCache, PromptPiece, slots_of
 from .pick import PickSettings, pick, uniforms
 from .scheduler import PAGE, Piece, Scheduler, pages_for
@@ -133,6 +135,8 @@ class _Decoder:
         batch, device = self._batch, self._cache.device
         if batch is None and not pieces:
             return None
+        if not getattr(self._road, "packed", True):
+            return self._forward_whole(pieces)
         self._cache.grow()
         begin = 0 if batch is None else batch.tokens.shape[0]
         tokens = [] if batch is None else [batch.tokens]
@@ -148,6 +152,24 @@ class _Decoder:
         return self._road.hidden(
             torch.cat(tokens), positions=torch.cat(positions), attend=attend, pairs=self._pairs, scale=self._scale
         )
+
+    def _forward_whole(self, pieces: Sequence[Piece]) -> Tensor:
+        """The same without the cache, every text from its start: right for any model, slow for long ones."""
+        rows = [] if self._batch is None else self._batch.draws.rows
+        texts = [[*row.group.prompt_tokens, *row.tokens] for row in rows]
+        kept = [(len(text) - 1, len(text)) for text in texts]
+        texts += [list(piece.group.prompt_tokens[: piece.stop]) for piece in pieces]
+        kept += [(piece.start, piece.stop) for piece in pieces]
+        edges = [0, *itertools.accumulate(map(len, texts))]
+        device = self._cache.device
+        hidden = self._road.hidden(
+            torch.tensor([token for text in texts for token in text], device=device),
+            positions=torch.cat([torch.arange(len(text), device=device) for text in texts]),
+            attend=VarlenCausal(edges, device),
+            pairs=self._pairs,
+            scale=self._scale,
+        )
+        return torch.cat([hidden[edge + a : edge + b] for edge, (a, b) in zip(edges, kept, strict=False)])
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._head.logits(hidden, self._head_pair, self._scale)
