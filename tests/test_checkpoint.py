@@ -546,6 +546,8 @@ def test_rotation_keeps_the_newest_the_named_and_every_other_runs(tmp_path):
     assert rotate(tmp_path, 2, {"step-1"}, owner="run-a") == ["step-2", "step-3"]
     assert sorted(os.listdir(tmp_path)) == ["b-1", "nobody", "step-1", "step-4", "step-5"]
     assert rotate(tmp_path, 2, {"step-1"}, owner="run-a") == []
+    write_folder(tmp_path / "nobody-2", {"f": b""}, meta={"step": 1})
+    assert rotate(tmp_path, 1, owner=None) == ["nobody"]
     with pytest.raises(UsageError, match="keep_last=0"):
         rotate(tmp_path, 0, owner="run-a")
 
@@ -592,6 +594,18 @@ def test_sweeping_removes_leftovers_of_dead_processes_only(tmp_path):
     assert alive.exists() and elsewhere.exists() and foreign.exists()
     assert [checkpoint.name for checkpoint in list_checkpoints(tmp_path)] == ["step-1"]
     assert sweep(tmp_path / "nothing-here") == []
+
+
+def test_removing_a_leftover_never_follows_a_link_in_it(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "thesis.tex").write_text("years")
+    me = ProcessMark.current()
+    path = leftover(tmp_path, "tmp", ProcessMark(me.pid, me.start - 100, me.host))
+    (path / "link").symlink_to(outside)
+    path.with_name(path.name.replace("step-1", "step-2")).symlink_to(outside)
+    assert len(sweep(tmp_path)) == 2
+    assert hidden(tmp_path) == [] and (outside / "thesis.tex").read_text() == "years"
 
 
 def test_leftovers_of_another_host_are_swept_after_a_day(tmp_path, monkeypatch):

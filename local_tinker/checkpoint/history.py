@@ -42,10 +42,12 @@ def rotate(
     keep_last: int,
     keep: Collection[str] = frozenset(),
     *,
-    owner: str,
+    owner: str | None,
     disk: Disk = Disk(),  # noqa: B008 (Disk has no state)
 ) -> list[str]:
     """Delete `owner`'s checkpoints but the newest `keep_last` and those named in `keep`; returns the names deleted.
+
+    The owner of a checkpoint is its `meta["owner"]`; `owner=None` means those that name none.
 
     Nothing is deleted unless one that stays has just been verified by hash; folders of other runs, and folders that
     cannot be read, are never touched.

@@ -1,0 +1,85 @@
+"""First figures on a CPU: start-up times of the command line, a quickstart step, memory.
+
+    python -m benchmarks.cpu            # writes benchmarks/results/cpu.json
+    python -m benchmarks.cpu --tiny DIR # a model folder instead of smollm2-135m, nothing written
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+from . import report
+
+COMMANDS = {
+    "python -c pass": ["-c", "pass"],
+    "import local_tinker": ["-c", "import local_tinker"],
+    "from local_tinker import ServiceClient": ["-c", "from local_tinker import ServiceClient"],
+    "local-tinker --help": ["-m", "local_tinker", "--help"],
+    "local-tinker run --help": ["-m", "local_tinker", "run", "--help"],
+    "local-tinker models": ["-m", "local_tinker", "models"],
+}
+
+
+def wall(arguments: list[str], runs: int) -> float:
+    """Median seconds of a whole process."""
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def training(model: str, steps: int) -> dict:
+    """Seconds a step of the quickstart's kind (4 short chats, NF4 base, rank 16), decoding rate, peak memory."""
+    from local_tinker import ServiceClient
+
+    question = [{"role": "user", "content": "Who are you?"}]
+    rows = [{"messages": [*question, {"role": "assistant", "content": "I am Captain Tinker, and I sail the seven seas."}]}] * 4
+    start = time.perf_counter()
+    trainer = ServiceClient(quiet=True).create_lora_training_client(model, rank=16)
+    loaded = time.perf_counter() - start
+    times, losses = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        losses.append(float(trainer.forward_backward(rows)))
+        trainer.optim_step(learning_rate=2e-3)
+        times.append(time.perf_counter() - start)
+    tokens = sum(len(trainer.renderer.conversation(row["messages"]).tokens) for row in rows)
+    sampler = trainer.save_weights_and_get_sampling_client()
+    sampler.sample(question, max_tokens=2)
+    start = time.perf_counter()
+    done = sampler.sample(question, max_tokens=32, stop=[])
+    decoding = time.perf_counter() - start
+    return {
+        "load_s": round(loaded, 2),
+        "step_s": round(statistics.median(times[1:]), 3),
+        "tokens_a_step": tokens,
+        "first_loss": round(losses[0], 4),
+        "last_loss": round(losses[-1], 4),
+        "decode_tokens_per_s": round(len(done.tokens) / decoding, 1),
+        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", metavar="DIR", help="a model folder to use instead; nothing is written")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=8)
+    options = parser.parse_args()
+    figures = {name: round(wall(arguments, options.runs), 3) for name, arguments in COMMANDS.items()}
+    figures |= training(options.tiny or "smollm2-135m", options.steps)
+    print(json.dumps(figures, indent=2))
+    if not options.tiny:
+        print(report.write("cpu", figures))
+
+
+if __name__ == "__main__":
+    main()
