@@ -1,7 +1,7 @@
 """First figures on a CPU: start-up times of the command line, a quickstart step, memory.
 
-    python -m benchmarks.cpu            # writes benchmarks/results/cpu.json
-    python -m benchmarks.cpu --tiny DIR # a model folder instead of smollm2-135m, nothing written
+python -m benchmarks.cpu            # writes benchmarks/results/cpu.json
+python -m benchmarks.cpu --tiny DIR # a model folder instead of smollm2-135m, nothing written
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def training(model: str, steps: int) -> dict:
     from local_tinker import ServiceClient
 
     question = [{"role": "user", "content": "Who are you?"}]
-    rows = [{"messages": [*question, {"role": "assistant", "content": "I am Captain Tinker, and I sail the seven seas."}]}] * 4
+    rows = [
+        {"messages": [*question, {"role": "assistant", "content": "I am Captain Tinker, and I sail the seven seas."}]}
+    ] * 4
     start = time.perf_counter()
     trainer = ServiceClient(quiet=True).create_lora_training_client(model, rank=16)
     loaded = time.perf_counter() - start

@@ -1,8 +1,8 @@
 """The whole loop once on a GPU: NF4 base, LoRA, a falling loss, samples, state saved and continued; time and memory.
 
-    python -m benchmarks.gpu_loop --model llama3b   # random weights of Llama-3.2-3B's size
-    python -m benchmarks.gpu_loop --model DIR       # a model folder
-    python -m benchmarks.gpu_loop --tiny            # a few seconds on a CPU, nothing written
+python -m benchmarks.gpu_loop --model llama3b   # random weights of Llama-3.2-3B's size
+python -m benchmarks.gpu_loop --model DIR       # a model folder
+python -m benchmarks.gpu_loop --tiny            # a few seconds on a CPU, nothing written
 """
 
 from __future__ import annotations
@@ -16,12 +16,24 @@ from pathlib import Path
 from . import report
 
 SIZES = {
-    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
+    "tiny": dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ),
     "llama1b": dict(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
     ),
     "llama3b": dict(
-        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8, head_dim=128
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
     ),
 }
 
@@ -36,7 +48,14 @@ def random_model(size: str, folder: Path, *, vocab: int) -> Path:
     core = Tokenizer(models.BPE(vocab={"<|end|>": 0, **alphabet}, merges=[]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>")
-    config = LlamaConfig(vocab_size=vocab, max_position_embeddings=4096, eos_token_id=0, pad_token_id=None, bos_token_id=None, **SIZES[size])
+    config = LlamaConfig(
+        vocab_size=vocab,
+        max_position_embeddings=4096,
+        eos_token_id=0,
+        pad_token_id=None,
+        bos_token_id=None,
+        **SIZES[size],
+    )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     model = AutoModelForCausalLM.from_config(config)
@@ -57,7 +76,10 @@ def loop(model: str, *, device: str, steps: int, rows: int) -> dict:
     service = ServiceClient(device=device)
     trainer = service.create_lora_training_client(model, rank=32, quantize="4bit")
     loaded = time.perf_counter() - start
-    batch = [{"prompt": f"Question {i}: what is {i} plus {i}?", "completion": f" The answer is {2 * i}." * 8} for i in range(rows)]
+    batch = [
+        {"prompt": f"Question {i}: what is {i} plus {i}?", "completion": f" The answer is {2 * i}." * 8}
+        for i in range(rows)
+    ]
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     losses, times = [], []
@@ -72,7 +94,13 @@ def loop(model: str, *, device: str, steps: int, rows: int) -> dict:
     start = time.perf_counter()
     completions = sampler.sample_batch([row["prompt"] for row in batch[:4]], n=4, max_tokens=32, seed=1)
     sampled = time.perf_counter() - start
-    gaps = [abs(a - b) for c in completions[0] for a, b in zip(sampler.compute_logprobs([*c.prompt_tokens, *c.tokens])[len(c.prompt_tokens) :], c.logprobs, strict=True)]
+    gaps = [
+        abs(a - b)
+        for c in completions[0]
+        for a, b in zip(
+            sampler.compute_logprobs([*c.prompt_tokens, *c.tokens])[len(c.prompt_tokens) :], c.logprobs, strict=True
+        )
+    ]
     with tempfile.TemporaryDirectory() as folder:
         trainer.save_state(Path(folder) / "state")
         before = float(trainer.forward(batch))
@@ -104,7 +132,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         size = "tiny" if options.tiny else options.model
         model = str(random_model(size, Path(folder), vocab=512 if options.tiny else 128256)) if size in SIZES else size
-        figures = loop(model, device="cpu" if options.tiny else "cuda", steps=3 if options.tiny else options.steps, rows=options.rows)
+        figures = loop(
+            model,
+            device="cpu" if options.tiny else "cuda",
+            steps=3 if options.tiny else options.steps,
+            rows=options.rows,
+        )
     assert figures["losses"][-1] < figures["losses"][0], figures
     print(json.dumps(figures, indent=2))
     if not options.tiny:

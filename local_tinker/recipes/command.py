@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ _ACTIONS = {
     "--help": "help",
 }
 INTERRUPTED = 130
+_SUMMARY = "Train, with progress, checkpoints and a record of the run."
 
 
 @dataclass(frozen=True)
@@ -160,17 +162,15 @@ def usage(program: str, loss: str | None = None) -> str:
     head = [
         f"Usage: {program} [--config FILE] [OPTIONS]",
         "",
-        (recipe.__doc__ or "").strip().splitlines()[0]
-        if loss
-        else "Train, with progress, checkpoints and a record of the run.",
+        textwrap.fill((recipe.__doc__ or "").split("\n\n")[0], 80) if loss else _SUMMARY,
         "",
         "Precedence: flags, then LOCAL_TINKER_* variables, then the file, then defaults.",
         "",
         "What to do:",
-        "  -c, --config FILE           YAML or TOML, or a shipped recipe: " + ", ".join(RECIPES) + ".",
+        f"  -c, --config FILE           YAML, TOML or a shipped recipe: {', '.join(RECIPES)}.",
         *([] if loss else ["  --loss " + "|".join(RECIPES), f"{'':<30}The objective; with --help: its options. [sft]"]),
-        "  --resume [RUN]              Go on with an unfinished run; without a name: of this",
-        f"{'':<30}config.",
+        "  --resume [RUN]              Go on with an unfinished run; without a name:",
+        f"{'':<30}of this config.",
         "  --dry-run                   Stop before training.",
         "",
     ]

@@ -99,7 +99,7 @@ class Session:
         self._trackers.log(
             self.step + 1, {**numbers, **extra, "skipped": int(step.skipped), "memory_bytes": report.used_bytes()}
         )
-        self.first = self.first or numbers
+        self.first = {**numbers, **self.first}
         self.last, self._logged = numbers, True
 
     def _finish_step(self) -> None:
@@ -318,11 +318,11 @@ def finish(session: Session, *, max_tokens: int = _ANSWER_TOKENS) -> Path:
         if name in session.first and (name in ("loss", *session.headline) or name.startswith("eval_"))
     ]
     changes = [f"{name} {session.first[name]:.4f} -> {session.last[name]:.4f}" for name in told]
-    report.print_lines(["", f"finished after {session.step:,} steps: {', '.join(changes)}", f"adapter: {run.adapter}"])
-    report.print_answers(
-        answers(session.trainer, session.data, session.loss, count=config.samples, max_tokens=max_tokens)
-    )
-    report.print_lines(["", f"next: local-tinker chat {run.path}"])
+    report.print_lines(["", f"finished after {session.step:,} steps: {', '.join(changes)}"])
+    print(f"adapter: {run.adapter}")
+    asked = answers(session.trainer, session.data, session.loss, count=config.samples, max_tokens=max_tokens)
+    report.print_answers(asked)
+    print(f"\nnext: local-tinker chat {run.path}", flush=True)
     return run.path
 
 

@@ -65,7 +65,7 @@ def main(config: Config, *, dry_run: bool = False, resume: Run | None = None) ->
     trainer = service.create_lora_training_client(config.model, **config.client())
     most = (config.max_length or loop.model_length(config.model)) - config.max_tokens
     data, lines = check_prompts(data, trainer.renderer, most=most, say=report.say)
-    report.print_lines(lines)
+    print("\n".join(lines), flush=True)
     if dry_run:
         return None
     return loop.finish(train(config, trainer, data, resume=resume), max_tokens=config.max_tokens)

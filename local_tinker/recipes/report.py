@@ -82,7 +82,12 @@ def print_lines(lines: Sequence[str]) -> None:
     for line in lines:
         indent = " " * (len(line) - len(line.lstrip()) + 2)
         print(
-            "\n".join(textwrap.wrap(line, max(width() - 1, 40), subsequent_indent=indent, break_long_words=False)) or ""
+            "\n".join(
+                textwrap.wrap(
+                    line, max(width() - 1, 40), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+                )
+            )
+            or ""
         )
     sys.stdout.flush()
 

@@ -56,8 +56,13 @@ def canonical(name: str, known: Mapping[str, Option], where: str) -> str:
     if word in spellings:
         return spellings[word]
     if word in _ELSEWHERE:
-        raise UsageError(f"{where}: no option {name!r} here: {_ELSEWHERE[word]}")
-    raise UsageError(f"{where}: unknown option {name!r}{nearest(word, spellings) or '; --help lists them'}")
+        raise UsageError(f"{where}: there is no such option: {_ELSEWHERE[word]}")
+    # a flag's neighbours are shown as flags
+    flag = where.startswith("--")
+    shown = {f"--{s.replace('_', '-')}" for s in spellings} if flag else set(spellings)
+    raise UsageError(
+        f"{where}: unknown option{nearest(where if flag else word, sorted(shown)) or '; --help lists them'}"
+    )
 
 
 def collect(pairs: Sequence[tuple[str, Any, str]], known: Mapping[str, Option]) -> dict[str, Given]:

@@ -1,0 +1,110 @@
+"""`sample`: what it is pointed at, what it is asked, what it prints."""
+
+import io
+import json
+
+import pytest
+
+from local_tinker.cli import app
+from local_tinker.cli.target import find_target
+from local_tinker.errors import CheckpointError, UsageError
+from local_tinker.runs import Run
+
+
+@pytest.fixture
+def trained(tiny_model, service, tmp_path):
+    """A run with an adapter that answers "fox" where the base does not, and a state folder."""
+    root = tmp_path / "runs"
+    run = Run.create(root, "mine", config={"loss": "sft"})
+    trainer = service.create_lora_training_client(str(tiny_model), rank=4, quantize=None, dtype="float32")
+    row = {"messages": [{"role": "user", "content": "dog?"}, {"role": "assistant", "content": "the fox"}]}
+    for _ in range(60):
+        trainer.forward_backward([row])
+        trainer.optim_step(learning_rate=3e-2)
+    trainer.save_adapter(run.adapter, overwrite=True)
+    trainer.save_state(run.checkpoints / "step-000060")
+    run.finish("finished")
+    return root, run
+
+
+def ask(*words):
+    return app.main(["sample", *map(str, words), "--temperature", "0", "--max-tokens", "12", "--quantize", "none"])
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    def give(text):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+
+    return give
+
+
+def test_a_run_its_id_its_folders_and_its_states_all_answer_as_trained(trained, capsys):
+    root, run = trained
+    for word in (run.path, run.adapter, run.checkpoints / "step-000060", run.id, run.id[:15], "last"):
+        assert ask(word, "dog?", "--root", root) == 0
+        assert capsys.readouterr().out == "the fox\n", word
+
+
+def test_a_model_folder_answers_untrained(trained, tiny_model, capsys):
+    assert ask(tiny_model, "dog?") == 0
+    assert capsys.readouterr().out != "the fox\n"
+
+
+@pytest.mark.parametrize("prompt", [[], ["-"]])
+def test_the_prompt_comes_from_a_pipe(trained, stdin, capsys, prompt):
+    stdin("dog?\n")
+    assert ask(trained[1].path, *prompt) == 0
+    assert capsys.readouterr().out == "the fox\n"
+
+
+def test_json_holds_tokens_and_logprobs_of_every_completion(trained, capsys):
+    assert ask(trained[1].path, "dog?", "-n", "2", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["text"] for each in found] == ["the fox", "the fox"] and found[0]["stop_reason"] == "stop"
+    assert len(found[0]["tokens"]) == len(found[0]["logprobs"]) > 1
+
+
+def test_raw_continues_text_and_a_seed_repeats_it(tiny_model, capsys):
+    def once(*more):
+        argv = ["sample", str(tiny_model), "the quick", "--max-tokens", "6", "--quantize", "none", *more]
+        assert app.main(argv) == 0
+        return capsys.readouterr()
+
+    assert once("--raw", "--seed", "1").out == once("--raw", "--seed", "1").out != once("--raw", "--seed", "2").out
+    assert once("--raw", "--seed", "1").out != once("--seed", "1").out
+
+
+def test_a_system_message_is_put_before_the_question(tiny_model, capsys, service):
+    assert ask(tiny_model, "dog?", "--system", "Bark.") == 0
+    sampler = service.create_sampling_client(tiny_model, quantize=None)
+    chat = [{"role": "system", "content": "Bark."}, {"role": "user", "content": "dog?"}]
+    assert capsys.readouterr().out == sampler.sample(chat, temperature=0, max_tokens=12) + "\n"
+
+
+@pytest.mark.parametrize(
+    "words, code, says",
+    [
+        (["nothing-like-it", "hi"], 3, "no model 'nothing-like-it'"),
+        (["MODEL", " "], 2, "the prompt is empty"),
+        (["MODEL", "hi", "--n", "0"], 2, "--n must be >= 1"),
+        (["MODEL", "hi", "--raw", "--system", "x"], 2, "--system belongs to a chat"),
+        (["MODEL", "hi", "--quantize", "3bit"], 2, "--quantize must be one of"),
+        (["MODEL", "hi", "--top-p", "0"], 2, "top_p must be in (0, 1]"),
+        (["MODEL", "hi", "--max-tokns", "3"], 2, "did you mean --max-tokens?"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(tiny_model, capsys, words, code, says):
+    assert app.main(["sample", *[str(tiny_model) if w == "MODEL" else w for w in words]]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and says in err
+
+
+def test_a_run_that_saved_nothing_and_an_ambiguous_start_are_named(tmp_path):
+    first = Run.create(tmp_path, "a", config={})
+    with pytest.raises(CheckpointError, match="has saved no adapter and no checkpoint"):
+        find_target(first.id, tmp_path)
+    Run.create(tmp_path, "a", config={})
+    with pytest.raises(UsageError, match="starts 2 runs"):
+        find_target(first.id[:12], tmp_path)
+    assert find_target("smollm2-135m", tmp_path) == "smollm2-135m"
