@@ -32,7 +32,7 @@ def test_making_a_service_client_loads_nothing():
 def test_models_lists_names_memory_and_status(service):
     rows = service.models()
     assert len(rows) >= 25
-    row = next(row for row in rows if row["model"] == "smollm2-135m")
+    row = next(row for row in rows if row["name"] == "smollm2-135m")
     assert row["params"] == pytest.approx(134.5e6, rel=0.01) and row["status"] in ("ready", "tight", "OOM")
 
 

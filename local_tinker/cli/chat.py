@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Annotated, Any
 
@@ -30,7 +31,8 @@ def chat(
     sampler = open_sampler(model, root=root, quantize=quantize)
     typed = sys.stdin.isatty()
     if typed:
-        import readline  # noqa: F401  line editing and history for input()
+        with contextlib.suppress(ImportError):  # not on Windows, whose terminal edits by itself
+            import readline  # noqa: F401  line editing and history for input()
 
         output.note(_HELP)
     talk = Talk(sampler, system, {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed})

@@ -22,7 +22,7 @@ def quickstart(
 ) -> None:
     """Fine-tune a small model on data that ships with the package, and show what changed.
 
-    The base is held in 4 bits; a LoRA adapter learns to be Sprocket, a robot in a clock tower. About 2 minutes on 2 CPU
+    The base is held in 4 bits; a LoRA adapter learns to be Sprocket, a robot in a clock tower. About a minute on 2 CPU
     cores, seconds on a GPU.
     """
     from ..recipes import loop, report, sft
@@ -67,7 +67,7 @@ def quickstart_config(model: str, steps: int | None, output_dir: str) -> Config:
         name="quickstart",
         rank=16,
         batch_size=5,
-        epochs=4,
+        epochs=3,
         max_steps=steps,
         learning_rate=2e-3,
         schedule="linear",

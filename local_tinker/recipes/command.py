@@ -167,7 +167,7 @@ def usage(program: str, loss: str | None = None) -> str:
         "Precedence: flags, then LOCAL_TINKER_* variables, then the file, then defaults.",
         "",
         "What to do:",
-        f"  -c, --config FILE           YAML, TOML or a shipped recipe: {', '.join(RECIPES)}.",
+        f"  -c, --config FILE           A file, or a shipped recipe: {', '.join(RECIPES)}.",
         *([] if loss else ["  --loss " + "|".join(RECIPES), f"{'':<30}The objective; with --help: its options. [sft]"]),
         "  --resume [RUN]              Go on with an unfinished run; without a name:",
         f"{'':<30}of this config.",

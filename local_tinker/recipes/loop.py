@@ -167,10 +167,10 @@ class Session:
                 if kind is None:
                     self._end("finished", None)
                 elif issubclass(kind, KeyboardInterrupt):
-                    self._stop("interrupted", "Ctrl-C")
+                    self._stop("interrupted", self._signals.cause)
                 else:
                     # what ended the run must not be hidden by a save that fails too
-                    with suppress(LocalTinkerError):
+                    with suppress(Exception):
                         self._stop("failed", f"{kind.__name__}: {error}")
             finally:
                 self._trackers.close()

@@ -14,11 +14,11 @@ class Signals:
     """Handlers for SIGINT and SIGTERM between `install` and `restore`; other threads than the main one get none.
 
     Attributes:
-        asked: a stop was asked for.
+        asked: a stop was asked for. cause: by which signal.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.asked = False
+        self.asked, self.cause = False, "Ctrl-C"
         self._say, self._saving = say, False
         self._before: dict[int, Any] = {}
 
@@ -41,11 +41,11 @@ class Signals:
         finally:
             self._saving = False
 
-    def _received(self, _number: int, _frame: Any) -> None:
+    def _received(self, number: int, _frame: Any) -> None:
         if self._saving:
             _write("saving, one moment")
         elif not self.asked:
-            self.asked = True
+            self.asked, self.cause = True, "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
             _write("stopping after this step; once more to stop now")
         else:
             raise KeyboardInterrupt

@@ -18,9 +18,9 @@ def trained(tiny_model, service, tmp_path):
     run = Run.create(root, "mine", config={"loss": "sft"})
     trainer = service.create_lora_training_client(str(tiny_model), rank=4, quantize=None, dtype="float32")
     row = {"messages": [{"role": "user", "content": "dog?"}, {"role": "assistant", "content": "the fox"}]}
-    for _ in range(60):
+    for _ in range(40):
         trainer.forward_backward([row])
-        trainer.optim_step(learning_rate=3e-2)
+        trainer.optim_step(learning_rate=5e-3)
     trainer.save_adapter(run.adapter, overwrite=True)
     trainer.save_state(run.checkpoints / "step-000060")
     run.finish("finished")

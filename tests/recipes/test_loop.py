@@ -161,7 +161,8 @@ def test_an_interrupt_between_a_step_and_its_bookkeeping_does_not_use_the_batch_
 def test_sigterm_saves_like_ctrl_c(words, the_run, after_step):
     after_step(1, lambda: signal.raise_signal(signal.SIGTERM))
     assert app.main(["run", *words(epochs=2)]) == 130
-    assert the_run().status == "interrupted" and latest_valid(the_run().checkpoints).meta["extra"]["step"] == 1
+    assert (the_run().status, the_run().cause) == ("interrupted", "SIGTERM")
+    assert latest_valid(the_run().checkpoints).meta["extra"]["step"] == 1
 
 
 def test_three_steps_in_a_row_that_are_not_finite_end_the_run_and_name_the_batch(words, the_run, monkeypatch, capsys):
