@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from .checkpoint import read_folder, write_folder
 from .engine.base import SavedAdapter
-from .errors import CheckpointError
+from .errors import CheckpointError, MissingDependencyError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NOT_OURS = (
@@ -34,6 +35,10 @@ def target_modules(paths: Sequence[str], linear_paths: Sequence[str]) -> list[st
 
 def adapter_config(adapter: SavedAdapter, *, base_name: str, linear_paths: Sequence[str]) -> dict[str, Any]:
     """PEFT's own description of the adapter, as PEFT serialises it."""
+    from .model.linear import bitsandbytes
+
+    with contextlib.suppress(MissingDependencyError):
+        bitsandbytes()  # PEFT imports it where it is installed; ours keeps it from asking a hub for kernels
     from peft import LoraConfig
 
     config = LoraConfig(
@@ -122,6 +127,11 @@ def read_adapter(path: str | Path) -> tuple[SavedAdapter, dict[str, Any], dict[s
         config, weights, meta = json.loads((folder / CONFIG).read_bytes()), (folder / WEIGHTS).read_bytes(), {}
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder} holds a {config.get('peft_type')} adapter; only LORA is supported")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.split("_")[0].lower() in ("pissa", "olora", "corda", "eva", "loftq"):
+        raise CheckpointError(
+            f"{folder} was started with init_lora_weights={start!r}, which alters the base; convert it with PEFT first"
+        )
     for name in _NOT_OURS:
         if config.get(name):
             raise CheckpointError(f"{folder} uses {name}={config[name]!r}, which is not supported here")
@@ -129,7 +139,12 @@ def read_adapter(path: str | Path) -> tuple[SavedAdapter, dict[str, Any], dict[s
 
 
 def _paths(weights: bytes) -> tuple[str, ...]:
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     suffix, prefix = ".lora_A.weight", "base_model.model."
-    return tuple(name[len(prefix) : -len(suffix)] for name in sorted(load(weights)) if name.endswith(suffix))
+    try:
+        names = sorted(load(weights))
+    except SafetensorError as error:
+        raise CheckpointError(f"{WEIGHTS} is damaged: {error}") from error
+    return tuple(name[len(prefix) : -len(suffix)] for name in names if name.endswith(suffix))

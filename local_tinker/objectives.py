@@ -26,11 +26,18 @@ Score = Callable[..., Scores]  # score(units, *, values=, reference=)
 
 
 @dataclass(frozen=True)
-class RolloutCall:
-    """A call over rollouts and the metrics its estimator adds."""
+class FixedRollout:
+    """What PPO fixed for a rollout, and from what: later calls must mean the same.
 
-    call: LossCall
-    metrics: dict[str, float] = field(default_factory=dict)
+    Attributes:
+        fields: name -> (N,) ``advantages``, ``returns``, ``old_values``. mask: (N,) trained positions.
+        rewards: as given. estimator: the options it was estimated with.
+    """
+
+    fields: Mapping[str, np.ndarray]
+    mask: np.ndarray
+    rewards: tuple[float, ...]
+    estimator: Mapping[str, Any]
 
 
 @dataclass
@@ -38,19 +45,49 @@ class RolloutMemory:
     """What was fixed for rollouts by their id: the trainer's first log-probs, PPO's old values and advantages."""
 
     old_logprobs: OrderedDict[str, np.ndarray] = field(default_factory=OrderedDict)
-    fixed: OrderedDict[str, dict[str, np.ndarray]] = field(default_factory=OrderedDict)
+    fixed: OrderedDict[str, FixedRollout] = field(default_factory=OrderedDict)
 
-    def keep(self, table: OrderedDict, id: str, value: Any) -> None:
-        table[id] = value
-        while len(table) > REMEMBERED:
-            table.popitem(last=False)
+    def remember(self, old_logprobs: Mapping[str, np.ndarray], fixed: Mapping[str, FixedRollout]) -> None:
+        """Keep what a call that succeeded has found."""
+        for table, found in ((self.old_logprobs, old_logprobs), (self.fixed, fixed)):
+            table.update(found)
+            while len(table) > REMEMBERED:
+                table.popitem(last=False)
 
 
-def check_rollouts(rollouts: Sequence[Any], *, base: str) -> list[Completion | Rollout]:
+@dataclass(frozen=True)
+class RolloutCall:
+    """A call over rollouts, the metrics its estimator adds, and what to remember once the call has succeeded."""
+
+    call: LossCall
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    old_logprobs: Mapping[str, np.ndarray] = field(default_factory=dict)
+    fixed: Mapping[str, FixedRollout] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What an objective needs to know of the trainer.
+
+    Attributes:
+        base: first characters of the base's fingerprint. version: of the present weights.
+        score: log-probs, values and reference log-probs of units.
+    """
+
+    base: str
+    version: str
+    vocab_size: int
+    max_length: int
+    score: Score
+    memory: RolloutMemory
+
+
+def check_rollouts(rollouts: Sequence[Any], policy: Policy) -> list[Completion | Rollout]:
     """Completions or rollouts of this base model.
 
     Raises:
-        UsageError: naming the index: plain text (its tokens and log-probs are gone), or another model's completion.
+        UsageError: naming the index: plain text (its tokens and log-probs are gone), another model's completion, ids
+            outside the vocabulary, more tokens than fit.
     """
     for i, item in enumerate(rollouts):
         if not isinstance(item, (Completion, Rollout)):
@@ -60,12 +97,23 @@ def check_rollouts(rollouts: Sequence[Any], *, base: str) -> list[Completion | R
                 else f"a {type(item).__name__}"
             )
             raise UsageError(
-                f"completion {i} is {what}; pass what sample or sample_batch returned (string methods such as strip() return "
-                "plain text), or a Rollout"
+                f"completion {i} is {what}; pass what sample or sample_batch returned (string methods such as strip() "
+                "return plain text), or a Rollout"
             )
         made_by, _, rest = item.weights_version.partition("/")
-        if rest and len(made_by) == len(base) and made_by != base:
-            raise UsageError(f"completion {i} was sampled from another base model ({made_by}, this one is {base})")
+        if rest and len(made_by) == len(policy.base) and made_by != policy.base:
+            raise UsageError(
+                f"completion {i} was sampled from another base model ({made_by}, this one is {policy.base})"
+            )
+        ids = (*item.prompt_tokens, *item.tokens)
+        if len(ids) > policy.max_length:
+            raise UsageError(
+                f"completion {i} has {len(ids)} tokens with its prompt, over max_length={policy.max_length}"
+            )
+        if ids and not 0 <= min(ids) <= max(ids) < policy.vocab_size:
+            raise UsageError(
+                f"completion {i} holds token id {max(ids)}; the vocabulary has ids 0 to {policy.vocab_size - 1}"
+            )
     return list(rollouts)
 
 
@@ -73,22 +121,19 @@ def grpo_call(
     completions: Sequence[Any],
     rewards: Sequence[Any],
     options: Mapping[str, Any],
+    policy: Policy,
     *,
-    base: str,
-    version: str,
-    score: Score,
-    memory: RolloutMemory,
     say: Callable[[str], None],
 ) -> RolloutCall:
     """Group-relative advantages (arXiv 2402.03300, section 4.1.2) on the clipped surrogate."""
-    spec = LOSSES["grpo"]
-    chosen, estimator = check_options(spec, options)
+    chosen, estimator = check_options(LOSSES["grpo"], options)
     flat = flatten_rewards(completions, rewards, unscorable=True)
     if flat.group_sizes is None:
         raise UsageError(
-            "grpo compares completions of one prompt and got a flat list: pass the groups that sample_batch(prompts, n=8) returns"
+            "grpo compares completions of one prompt and got a flat list: pass the groups that sample_batch(prompts, n=8) "
+            "returns"
         )
-    rollouts = check_rollouts(flat.completions, base=base)
+    rollouts = check_rollouts(flat.completions, policy)
     edges = np.cumsum([0, *flat.group_sizes])
     groups = [flat.rewards[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
     estimated = group_advantages(groups, scale=estimator["scale_rewards"])
@@ -98,70 +143,90 @@ def grpo_call(
     datums = [_unweighted(d) if r is None else d for d, r in zip(datums, flat.rewards, strict=True)]
     metrics = {**estimated.metrics, "truncated_fraction": _truncated(rollouts)}
     _explain(metrics, say)
-    datums = _with_common_fields(datums, rollouts, chosen, version=version, score=score, memory=memory)
-    kept = [d for d in datums if d.loss_fn_inputs["weights"].any()]
-    return RolloutCall(LossCall([(d,) for d in kept], spec.name, chosen), metrics)
+    datums, old = _with_common_fields(datums, rollouts, chosen, policy)
+    return RolloutCall(LossCall([(d,) for d in datums], "grpo", chosen), metrics, old)
 
 
 def ppo_call(
-    completions: Sequence[Any],
-    rewards: Sequence[Any] | None,
-    options: Mapping[str, Any],
-    *,
-    base: str,
-    version: str,
-    score: Score,
-    memory: RolloutMemory,
-    fix: bool,
+    completions: Sequence[Any], rewards: Sequence[Any] | None, options: Mapping[str, Any], policy: Policy, *, fix: bool
 ) -> RolloutCall:
     """PPO (arXiv 1707.06347): GAE over the value head's values, whitened over the call, then surrogate and value loss.
 
     Args:
         fix: remember old values and advantages of these rollouts, so that later calls on any of them use these.
     """
-    spec = LOSSES["ppo_rollout"]
-    chosen, estimator = check_options(spec, options)
+    chosen, estimator = check_options(LOSSES["ppo_rollout"], options)
     if rewards is None:
-        flat = [c for item in completions for c in ([item] if _one(item) else item)]
-        rollouts = check_rollouts(flat, base=base)
-        unknown = [i for i, r in enumerate(rollouts) if r.id not in memory.fixed]
+        rollouts = check_rollouts([c for item in completions for c in ([item] if _one(item) else item)], policy)
+        unknown = [i for i, r in enumerate(rollouts) if r.id not in policy.memory.fixed]
         if unknown:
             raise UsageError(
-                f"completion {unknown[0]} has no rewards: pass them, or fix the rollout first with forward(completions, rewards, loss_fn='ppo')"
+                f"completion {unknown[0]} has no rewards: pass them, or fix the rollout first with "
+                "forward(completions, rewards, loss_fn='ppo')"
             )
-        metrics: dict[str, float] = {}
+        given: list[tuple[float, ...]] | None = None
     else:
         scored = flatten_rewards(completions, rewards, per_token=True)
-        rollouts = check_rollouts(scored.completions, base=base)
-        metrics = {"truncated_fraction": _truncated(rollouts)}
-        totals = [float(np.sum(r)) for r in scored.rewards]
-        metrics |= {
-            "reward_mean": float(np.mean(totals)),
-            "reward_std": float(np.std(totals, ddof=1)) if len(totals) > 1 else 0.0,
-        }
-        if fix or any(r.id not in memory.fixed for r in rollouts):
-            fixed = _fix(rollouts, scored.rewards, estimator, score)
-        else:
-            fixed = {r.id: memory.fixed[r.id] for r in rollouts}
-        if fix:
-            memory.fixed.clear()
-            for id, fields in fixed.items():
-                memory.keep(memory.fixed, id, fields)
-        metrics["value_mean"] = float(np.mean([f["old_values"][f["mask"]].mean() for f in fixed.values()]))
-    source = memory.fixed if rewards is None else fixed
-    datums = []
-    for r in rollouts:
-        fields = source[r.id]
-        datum = rollout(r)
-        extra = {name: fields[name].astype(np.float32) for name in ("advantages", "returns", "old_values")}
-        datums.append(replace(datum, loss_fn_inputs={**datum.loss_fn_inputs, **extra}))
-    datums = _with_common_fields(datums, rollouts, chosen, version=version, score=score, memory=memory)
-    return RolloutCall(LossCall([(d,) for d in datums], "ppo_rollout", chosen), metrics)
+        rollouts = check_rollouts(scored.completions, policy)
+        given = [tuple(np.atleast_1d(r).astype(float).tolist()) for r in scored.rewards]
+    fixed = {} if fix else _already_fixed(rollouts, given, estimator, set(options), policy.memory)
+    fresh = not fixed
+    if fresh:
+        fixed = _fix(rollouts, scored.rewards, given, estimator, policy.score)
+    datums = [_with_fixed(rollout(r), fixed[r.id]) for r in rollouts]
+    totals = [sum(fixed[r.id].rewards) for r in rollouts]
+    metrics = {
+        "truncated_fraction": _truncated(rollouts),
+        "reward_mean": float(np.mean(totals)),
+        "reward_std": float(np.std(totals, ddof=1)) if len(totals) > 1 else 0.0,
+        "value_mean": float(np.mean([f.fields["old_values"][f.mask].mean() for f in fixed.values()])),
+    }
+    datums, old = _with_common_fields(datums, rollouts, chosen, policy)
+    return RolloutCall(LossCall([(d,) for d in datums], "ppo_rollout", chosen), metrics, old, fixed if fix else {})
+
+
+def _already_fixed(
+    rollouts: Sequence[Any],
+    given: list[tuple[float, ...]] | None,
+    estimator: Mapping[str, Any],
+    named: set[str],
+    memory: RolloutMemory,
+) -> dict[str, FixedRollout]:
+    """What an earlier `forward` fixed for these rollouts; {} when it fixed none of them."""
+    known = [r.id in memory.fixed for r in rollouts]
+    if not any(known):
+        return {}
+    if not all(known):
+        raise UsageError(
+            f"completion {known.index(True)} was fixed by an earlier forward and completion {known.index(False)} was not: "
+            "advantages are whitened together, so pass the one kind or the other"
+        )
+    fixed = {r.id: memory.fixed[r.id] for r in rollouts}
+    for i, r in enumerate(rollouts):
+        if given is not None and given[i] != fixed[r.id].rewards:
+            raise UsageError(
+                f"completion {i} was fixed with other rewards than those given now; call forward again to fix the rollout anew"
+            )
+        for name in named & estimator.keys():
+            if estimator[name] != fixed[r.id].estimator[name]:
+                raise UsageError(
+                    f"completion {i} was fixed with {name}={fixed[r.id].estimator[name]} and {name}={estimator[name]} is given "
+                    "now; call forward again to fix the rollout anew"
+                )
+    return fixed
+
+
+def _with_fixed(datum: Datum, fixed: FixedRollout) -> Datum:
+    return _add(datum, **{name: values.astype(np.float32) for name, values in fixed.fields.items()})
 
 
 def _fix(
-    rollouts: Sequence[Any], rewards: Sequence[Any], estimator: Mapping[str, Any], score: Score
-) -> dict[str, dict[str, np.ndarray]]:
+    rollouts: Sequence[Any],
+    rewards: Sequence[Any],
+    given: Sequence[tuple[float, ...]],
+    estimator: Mapping[str, Any],
+    score: Score,
+) -> dict[str, FixedRollout]:
     """Old values, advantages (whitened over these rollouts) and returns, each (N,), by rollout id."""
     with_reference = estimator["beta"] > 0
     scores = score([(_scoring_datum(r),) for r in rollouts], values=True, reference=with_reference)
@@ -172,13 +237,8 @@ def _fix(
         values = scores.values[i].astype(np.float64)
         per_token = placed[i]
         if with_reference:
-            per_token = penalise_kl(
-                per_token,
-                scores.logprobs[i][start:-1],
-                scores.reference_logprobs[i][start:-1],
-                trained=r.trained,
-                beta=estimator["beta"],
-            )
+            own, reference = scores.logprobs[i][start:-1], scores.reference_logprobs[i][start:-1]
+            per_token = penalise_kl(per_token, own, reference, trained=r.trained, beta=estimator["beta"])
         found = gae(
             per_token,
             values[start:-1],
@@ -195,57 +255,45 @@ def _fix(
         olds.append(np.where(masks[-1], values[:-1], 0.0))
     whitened = whiten(advantages, masks)
     return {
-        r.id: {"advantages": a, "returns": ret, "old_values": v, "mask": m}
-        for r, a, ret, v, m in zip(rollouts, whitened, returns, olds, masks, strict=True)
+        r.id: FixedRollout({"advantages": a, "returns": ret, "old_values": v}, m, g, dict(estimator))
+        for r, a, ret, v, m, g in zip(rollouts, whitened, returns, olds, masks, given, strict=True)
     }
 
 
 def _scoring_datum(r: Completion | Rollout) -> Datum:
     """The rollout with its last token as input too: the value there is what follows a rollout that was cut."""
     datum = rollout(r)
-    tokens = [*datum.model_input.to_ints(), r.tokens[-1]]
-    targets = np.append(datum.loss_fn_inputs["target_tokens"], r.tokens[-1])  # the appended target is never read
-    return Datum(
-        ModelInput.from_ints(tokens),
-        {"target_tokens": targets, "weights": np.append(datum.loss_fn_inputs["weights"], 1.0)},
-        datum.source,
-    )
+    inputs = datum.loss_fn_inputs
+    longer = {
+        "target_tokens": np.append(inputs["target_tokens"], r.tokens[-1]),  # the appended target is never read
+        "weights": np.append(inputs["weights"], 1.0),
+    }
+    return Datum(ModelInput.from_ints([*datum.model_input.to_ints(), r.tokens[-1]]), longer, datum.source)
 
 
 def _with_common_fields(
-    datums: list[Datum],
-    rollouts: Sequence[Any],
-    options: Mapping[str, Any],
-    *,
-    version: str,
-    score: Score,
-    memory: RolloutMemory,
-) -> list[Datum]:
-    """Add `own_version`, and `old_logprobs` where the trainer's own first log-probs are asked for."""
-    own = [float(r.weights_version == version) for r in rollouts]
+    datums: list[Datum], rollouts: Sequence[Any], options: Mapping[str, Any], policy: Policy
+) -> tuple[list[Datum], dict[str, np.ndarray]]:
+    """Add `own_version`, and `old_logprobs` where the trainer's own first log-probs are asked for; returns those found now."""
+    own = [float(r.weights_version == policy.version) for r in rollouts]
     datums = [_add(d, own_version=np.full(d.length, o, np.float32)) for d, o in zip(datums, own, strict=True)]
     if options["old_logprobs"] != "trainer":
-        return datums
-    unseen = [
-        i
-        for i, r in enumerate(rollouts)
-        if r.id not in memory.old_logprobs and datums[i].loss_fn_inputs["weights"].any()
-    ]
+        return datums, {}
+    known, found = policy.memory.old_logprobs, {}
+    unseen = [i for i, r in enumerate(rollouts) if r.id not in known and datums[i].loss_fn_inputs["weights"].any()]
     if unseen:
-        scores = score([(datums[i],) for i in unseen])
-        for i, logprobs in zip(unseen, scores.logprobs, strict=True):
-            memory.keep(memory.old_logprobs, rollouts[i].id, logprobs)
-    zeros = {i: np.zeros(d.length, np.float32) for i, d in enumerate(datums)}
-    return [
-        _add(d, old_logprobs=memory.old_logprobs.get(r.id, zeros[i]))
-        for i, (d, r) in enumerate(zip(datums, rollouts, strict=True))
+        scores = policy.score([(datums[i],) for i in unseen])
+        found = {rollouts[i].id: logprobs for i, logprobs in zip(unseen, scores.logprobs, strict=True)}
+    old = [
+        found.get(r.id, known.get(r.id, np.zeros(d.length, np.float32))) for d, r in zip(datums, rollouts, strict=True)
     ]
+    return [_add(d, old_logprobs=o) for d, o in zip(datums, old, strict=True)], found
 
 
-def policy_units(rollouts: Sequence[Any], rewards: Sequence[Any], *, base: str) -> list[Unit]:
+def policy_units(rollouts: Sequence[Any], advantages: Sequence[Any], policy: Policy) -> list[Unit]:
     """Rollouts with one advantage each (or one a token) for Tinker's policy losses, taken as given."""
-    flat = flatten_rewards(rollouts, rewards, per_token=True)
-    checked = check_rollouts(flat.completions, base=base)
+    flat = flatten_rewards(rollouts, advantages, per_token=True)
+    checked = check_rollouts(flat.completions, policy)
     return [(rollout(r, advantages=a),) for r, a in zip(checked, flat.rewards, strict=True)]
 
 

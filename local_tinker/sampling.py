@@ -5,7 +5,6 @@ Shapes: P prompts, G completions a prompt.
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -39,10 +38,10 @@ class SamplingClient:
         trained_on: frozenset[str],
         say: Notices,
     ) -> None:
+        self._close = weakref.finalize(self, engine.release, "snapshot", snapshot.id)
         self._engine, self._snapshot, self._base = engine, snapshot, base
         self._renderer, self._trained_on, self._say = renderer, trained_on, say
-        self._unseeded = itertools.count()
-        self._close = weakref.finalize(self, engine.release, "snapshot", snapshot.id)
+        self._unseeded = 0  # requests without a seed so far
 
     @property
     def tokenizer(self) -> Any:
@@ -138,7 +137,7 @@ class SamplingClient:
     ) -> Iterator[str]:
         """The text of one completion as it comes; whole characters only. Arguments are those of `sample`."""
         params = _params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
-        events = self._engine.sample(self._snapshot.id, [self._request(prompt, 1, params)], stream=True)
+        events = self._engine.sample(self._snapshot.id, self._requests([prompt], 1, params), stream=True)
         return (event.text for event in events if isinstance(event, Delta) and event.text)
 
     def compute_logprobs(self, prompt: Prompt) -> list[float | None]:
@@ -166,13 +165,20 @@ class SamplingClient:
             f"a prompt is a string, a list of messages or a list of token ids; got a list of {', '.join(kinds)}"
         )
 
-    def _request(self, prompt: Prompt, n: int, params: SamplingParams) -> Request:
-        seed = params.seed if params.seed is not None else derive_seed(self._snapshot.seed, next(self._unseeded))
+    def _requests(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[Request]:
+        """All prompts are read before the first unseeded draw is counted, so a bad one costs none."""
         rules = stop_rules(params.stop, model_stop_ids=self._renderer.stop_ids)
-        return Request(tuple(self.prompt_tokens(prompt)), params, rules, seed=seed, n=n)
+        seeds = [params.seed] * len(prompts)
+        if params.seed is None:
+            seeds = [derive_seed(self._snapshot.seed, self._unseeded + i) for i in range(len(prompts))]
+        tokens = [tuple(self.prompt_tokens(prompt)) for prompt in prompts]
+        requests = [Request(ids, params, rules, seed=seed, n=n) for ids, seed in zip(tokens, seeds, strict=True)]
+        if params.seed is None:
+            self._unseeded += len(prompts)
+        return requests
 
     def _collect(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[list[Completion]]:
-        requests = [self._request(prompt, n, params) for prompt in prompts]
+        requests = self._requests(prompts, n, params)
         if not requests:
             return []
         results: list[list[Any]] = [[None] * n for _ in requests]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from .hardware import Hardware, detect
 from .notices import Notices
 
 if TYPE_CHECKING:
-    from .engine.base import BaseInfo, SavedAdapter
+    from .engine.base import AdapterOptions, BaseInfo, SavedAdapter
     from .engine.local import LocalEngine
     from .sampling import SamplingClient
     from .training import TrainingClient
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # twice. The one module global of the package.
 _ENGINES: dict[str, LocalEngine] = {}
 _ENGINES_LOCK = threading.Lock()
+OVERLONG = ("drop", "truncate_prompt", "error")
 
 
 class ServiceClient:
@@ -33,9 +35,9 @@ class ServiceClient:
     """
 
     def __init__(self, *, device: str | None = None, quiet: bool = False) -> None:
-        self.hardware: Hardware = detect()
         if device not in (None, "cuda", "cpu"):
             raise UsageError(f"device must be 'cuda', 'cpu' or None, got {device!r}")
+        self.hardware: Hardware = detect(device)
         if device == "cuda" and self.hardware.kind != "cuda":
             raise UsageError("device='cuda' was asked for and no CUDA device was found; run `local-tinker doctor`")
         self._device = device or self.hardware.kind
@@ -94,12 +96,22 @@ class ServiceClient:
             micro_batch_tokens=None if micro_batch_tokens is None else _whole("micro_batch_tokens", micro_batch_tokens),
         )
         start = None if adapter is None else self._adapter(adapter)
+        _check_lengths(max_length, overlong)
         engine, base = self._load(base_model, quantize=quantize, dtype=dtype)
+        if max_length is not None and max_length > base.max_positions:
+            raise UsageError(f"max_length={max_length} is more than the model's context of {base.max_positions}")
         if start is not None:
-            _check_base(start[1], base, adapter)
+            _check_base(*start[1:], base, adapter)
+            options = _started(options, start[0], engine.linear_paths(base.id))
         trainer_id = engine.create_trainer(base.id, options, start=None if start is None else start[0])
         return TrainingClient(
-            engine, base, trainer_id, options=options, max_length=max_length, overlong=overlong, say=self._say
+            engine,
+            base,
+            trainer_id,
+            options=options,
+            max_length=max_length or base.max_positions,
+            overlong=overlong,
+            say=self._say,
         )
 
     def create_training_client_from_state(self, path: str | Path) -> TrainingClient:
@@ -114,7 +126,9 @@ class ServiceClient:
             raise CheckpointError(
                 f"{path} is a saved {meta.get('kind', 'folder')}, not a training state; use what save_state wrote"
             )
-        trainer = self.create_lora_training_client(**meta["client"])
+        # The same cut into micro-batches as before: in bf16 another one rounds differently.
+        client = {**meta["client"], "micro_batch_tokens": meta["state"]["micro_batch_tokens"]}
+        trainer = self.create_lora_training_client(**client)
         trainer.load_state(path)
         return trainer
 
@@ -122,7 +136,7 @@ class ServiceClient:
         self,
         base_model: str | Path,
         *,
-        quantize: str | None = "4bit",
+        quantize: str | None = "as trained",
         dtype: str | None = None,
         seed: int = 42,
     ) -> SamplingClient:
@@ -131,6 +145,7 @@ class ServiceClient:
         Args:
             base_model: a hub id, folder or alias; or a folder that `save_adapter` or `save_state` (or PEFT) wrote, whose
                 base is then loaded too.
+            quantize: "as trained" is what an adapter was trained with, and "4bit" for a model alone.
             seed: of unseeded requests.
         """
         from .data.render import Renderer
@@ -141,10 +156,15 @@ class ServiceClient:
             adapter, config, meta = self._adapter(base_model)
             base_model, trained_on = config["base_model_name_or_path"], frozenset(meta.get("trained_on", ()))
             saved = meta.get("client", {})
-            quantize, dtype = saved.get("quantize", quantize), dtype or saved.get("dtype")
-        engine, base = self._load(str(base_model), quantize=quantize, dtype=dtype)
-        snapshot = engine.adapter_snapshot(base.id, adapter, seed=seed)
+            quantize = saved.get("quantize", "4bit") if quantize == "as trained" else quantize
+            dtype = dtype or saved.get("dtype")
+        engine, base = self._load(
+            str(base_model), quantize="4bit" if quantize == "as trained" else quantize, dtype=dtype
+        )
+        if adapter is not None:
+            _check_base(config, meta, base, base_model)
         renderer = Renderer(base.tokenizer, stop_ids=base.stop_ids)
+        snapshot = engine.adapter_snapshot(base.id, adapter, seed=seed)
         return SamplingClient(engine, snapshot, base, renderer, trained_on=trained_on, say=self._say)
 
     def close(self) -> None:
@@ -177,10 +197,39 @@ class ServiceClient:
         return engine, base
 
 
-def _check_base(config: dict, base: BaseInfo, path: str | Path) -> None:
+def _check_base(config: dict, meta: dict, base: BaseInfo, path: str | Path) -> None:
+    """The adapter was made for these weights: by their fingerprint where it is known, else by the base's name."""
     made_for = config.get("base_model_name_or_path")
-    if made_for and made_for != base.name and Path(made_for).name != Path(base.name).name:
+    known = meta.get("base_fingerprint")
+    if known is not None and known != base.fingerprint:
+        raise CheckpointError(
+            f"the adapter {path} was made for {made_for} with other weights (fingerprint {known[:12]}, here {base.fingerprint[:12]})"
+        )
+    if known is None and made_for and Path(made_for).name != Path(base.name).name:
         raise CheckpointError(f"the adapter {path} was made for {made_for}, and the base model is {base.name}")
+
+
+def _started(options: AdapterOptions, adapter: SavedAdapter, linear_paths: tuple[str, ...]) -> AdapterOptions:
+    """The options of a trainer that starts from a saved adapter: that adapter's geometry."""
+    for name, default in (("rank", 32), ("alpha", 32.0)):
+        asked, saved = getattr(options, name), getattr(adapter, name)
+        if asked not in (default, saved):
+            raise UsageError(f"{name}={asked:g} was asked for and the adapter has {name}={saved:g}; leave it out")
+    inner = tuple(path for path in adapter.paths if path in set(linear_paths))
+    return replace(
+        options,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        targets=inner,
+        train_unembed=len(inner) < len(adapter.paths),
+    )
+
+
+def _check_lengths(max_length: Any, overlong: str) -> None:
+    if overlong not in OVERLONG:
+        raise UsageError(f"overlong must be one of {', '.join(map(repr, OVERLONG))}, got {overlong!r}")
+    if max_length is not None:
+        _whole("max_length", max_length, least=2)
 
 
 def _whole(name: str, value: Any, *, least: int = 1) -> int:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .adapter_folder import CONFIG, adapter_config, write_adapter
-from .checkpoint import read_folder, write_folder
-from .data.datum import validate_datums
+from .checkpoint import dump_json, read_folder, write_folder
+from .data.datum import check_fields, validate_datums
 from .data.prepare import to_units
 from .data.render import Renderer
 from .engine.base import AdapterOptions, BaseInfo, LossCall, TrainerState, Unit
@@ -20,11 +21,11 @@ from .errors import CheckpointError, DatasetError, UsageError
 from .losses import find_loss
 from .losses.base import LossSpec, check_options
 from .notices import Notices
-from .objectives import RolloutCall, RolloutMemory, grpo_call, policy_units, ppo_call
+from .objectives import Policy, RolloutCall, RolloutMemory, grpo_call, policy_units, ppo_call
+from .references import ReferenceCache
 from .sampling import SamplingClient
 from .types import AdamParams, Completion, Datum, LossResult, Rollout, StepResult
 
-OVERLONG = ("drop", "truncate_prompt", "error")
 _ROLLOUT_LOSSES = ("grpo", "ppo", "importance_sampling", "cispo", "dro")
 _NO_DROPOUT = ("dpo", "grpo", "ppo", "importance_sampling", "cispo", "dro")
 
@@ -42,23 +43,18 @@ class TrainingClient:
         trainer_id: str,
         *,
         options: AdapterOptions,
-        max_length: int | None,
+        max_length: int,
         overlong: str,
         say: Notices,
     ) -> None:
-        if overlong not in OVERLONG:
-            raise UsageError(f"overlong must be one of {', '.join(map(repr, OVERLONG))}, got {overlong!r}")
-        if max_length is not None and not 2 <= max_length <= base.max_positions:
-            raise UsageError(
-                f"max_length must be between 2 and the model's context of {base.max_positions}, got {max_length}"
-            )
+        self._close = weakref.finalize(self, engine.release, "trainer", trainer_id)
         self._engine, self._base, self._id = engine, base, trainer_id
         self._options, self._say = options, say
-        self._max_length, self._overlong = max_length or base.max_positions, overlong
+        self._max_length, self._overlong = max_length, overlong
         self._renderer = Renderer(base.tokenizer, stop_ids=base.stop_ids)
         self._trained_on: set[str] = set()
         self._memory = RolloutMemory()
-        self._close = weakref.finalize(self, engine.release, "trainer", trainer_id)
+        self._references = ReferenceCache()
 
     @property
     def tokenizer(self) -> Any:
@@ -103,14 +99,19 @@ class TrainingClient:
         Raises:
             UsageError, DatasetError: input that cannot be meant, naming the row and what to do. Nothing has changed then.
         """
-        made = self._call(batch, rewards, loss_fn, options, fix=False)
-        return _with_metrics(self._engine.forward_backward(self._id, made.call), made.metrics)
+        made, kinds = self._call(batch, rewards, loss_fn, options, fix=False)
+        result = self._engine.forward_backward(self._id, made.call)
+        self._memory.remember(made.old_logprobs, made.fixed)
+        self._trained_on |= kinds
+        return _with_metrics(result, made.metrics)
 
     def forward(self, batch: Any, rewards: Any = None, loss_fn: str | None = None, **options: Any) -> LossResult:
         """The loss without gradient. With `loss_fn="ppo"` and rewards it also fixes old values and advantages for the rollout:
         later `forward_backward` calls on any of its completions use them."""
-        made = self._call(batch, rewards, loss_fn, options, fix=True)
-        return _with_metrics(self._engine.forward(self._id, made.call), made.metrics)
+        made, _ = self._call(batch, rewards, loss_fn, options, fix=True)
+        result = self._engine.forward(self._id, made.call)
+        self._memory.remember(made.old_logprobs, made.fixed)
+        return _with_metrics(result, made.metrics)
 
     def forward_backward_custom(self, batch: Any, fn: Callable[..., Any], loss_fn: str = "cross_entropy") -> LossResult:
         """Train on a loss of your own: `fn(data, logprobs) -> (loss, metrics)`, any torch function of per-token log-probs.
@@ -125,17 +126,18 @@ class TrainingClient:
         """
         import torch
 
-        units = self._units(batch, "dpo" if loss_fn == "dpo" else "sft")
+        if self._options.dropout:
+            raise UsageError("dropout makes the log-probs of a custom loss random; create the client with dropout=0")
+        units, kinds = self._units(batch, "dpo" if loss_fn == "dpo" else "sft", negative_weights=True)
         data = [datum for unit in units for datum in unit]
         plain = [(_with_weights(d, None),) for d in data]
         scored = self._engine.forward(self._id, LossCall(plain, "cross_entropy"))
         logprobs = [torch.from_numpy(values).requires_grad_(True) for values in scored.logprobs]
-        loss, metrics = fn(data, logprobs)
-        if not torch.is_tensor(loss) or loss.numel() != 1:
-            raise UsageError(f"the custom loss must be a scalar tensor, got {type(loss).__name__}")
+        loss, metrics = _custom_loss(fn, data, logprobs)
         gradients = torch.autograd.grad(loss, logprobs, allow_unused=True)
         weights = [
-            np.zeros(len(lp), np.float32) if g is None else g.numpy() for g, lp in zip(gradients, logprobs, strict=True)
+            np.zeros(lp.shape, np.float32) if g is None else g.numpy()
+            for g, lp in zip(gradients, logprobs, strict=True)
         ]
         for i, w in enumerate(weights):
             if not np.isfinite(w).all():
@@ -144,32 +146,48 @@ class TrainingClient:
                 )
         linear = [(_with_weights(d, w),) for d, w in zip(data, weights, strict=True)]
         self._engine.forward_backward(self._id, LossCall(linear, "linear"))
-        value = float(loss.detach())
-        return LossResult(
-            lambda: (value, {k: float(v) for k, v in metrics.items()}, [lp.detach().numpy() for lp in logprobs])
-        )
+        self._trained_on |= kinds
+        value, found = float(loss.detach()), [lp.detach().numpy() for lp in logprobs]
+        return LossResult(lambda: (value, metrics, found))
 
-    def optim_step(self, params: AdamParams | Mapping[str, Any] | None = None, **changes: float) -> StepResult:
+    def optim_step(
+        self,
+        params: AdamParams | Mapping[str, Any] | None = None,
+        *,
+        learning_rate: float | None = None,
+        beta1: float | None = None,
+        beta2: float | None = None,
+        eps: float | None = None,
+        weight_decay: float | None = None,
+        grad_clip_norm: float | None = None,
+        value_learning_rate: float = 1e-3,
+    ) -> StepResult:
         """Apply the accumulated gradient: divide, clip, AdamW, clear.
 
         Args:
-            params: Tinker's `AdamParams`; its fields may be given (or overridden) by keyword: `learning_rate`, `beta1`, `beta2`,
-                `eps`, `weight_decay`, `grad_clip_norm`.
+            params: Tinker's `AdamParams`, or a mapping of its fields; keywords override it.
+            value_learning_rate: of PPO's internal value head, where there is one.
 
         Raises:
-            StateError: nothing was accumulated.
+            StateError: nothing was accumulated. UsageError: unknown fields, values out of range.
         """
-        fields = AdamParams.__dataclass_fields__
-        unknown = [name for name in changes if name not in fields]
-        if unknown:
-            raise UsageError(f"optim_step has no option {unknown[0]!r}; it takes {', '.join(fields)}")
-        given = params if params is not None else AdamParams()
-        values = {name: getattr(given, name) for name in fields if hasattr(given, name)}
-        return self._engine.optim_step(self._id, AdamParams(**{**values, **changes}))
+        keywords = {
+            "learning_rate": learning_rate,
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "grad_clip_norm": grad_clip_norm,
+        }
+        given = {name: value for name, value in keywords.items() if value is not None}
+        chosen = AdamParams(**{**_adam_fields(params), **given})
+        AdamParams(learning_rate=value_learning_rate)  # the same limits hold for it
+        return self._engine.optim_step(self._id, chosen, value_learning_rate=value_learning_rate)
 
     def _call(
         self, batch: Any, rewards: Any, loss_fn: str | None, options: Mapping[str, Any], *, fix: bool
-    ) -> RolloutCall:
+    ) -> tuple[RolloutCall, frozenset[str]]:
+        """The checked call, and the kinds of rows in it."""
         if isinstance(rewards, str):
             if loss_fn is not None:
                 raise UsageError(
@@ -181,41 +199,49 @@ class TrainingClient:
             raise UsageError(
                 f"dropout={self._options.dropout} makes log-probs of {spec.name!r} random; create the client with dropout=0"
             )
-        if _holds_rollouts(batch):
-            return self._rollout_call(batch, rewards, spec, options, fix=fix)
+        rollouts = _holds_rollouts(batch)
+        if rollouts and spec.name in _ROLLOUT_LOSSES:
+            return self._rollout_call(batch, rewards, spec, options, fix=fix), frozenset()
         if rewards is not None:
+            what = f"{spec.name!r} reads no rewards" if rollouts else "rewards belong to completions of a sampler"
             raise UsageError(
-                f"rewards were given with a batch of {_kind(batch)}; rewards belong to completions of a sampler"
+                f"rewards were given with a batch of {_kind(batch)}, and {what}; name loss_fn='grpo', 'ppo' or "
+                "'importance_sampling' with completions, or leave the rewards out"
             )
         if spec.name == "grpo":
             raise UsageError("grpo takes the groups that sample_batch(prompts, n=8) returns and their rewards")
-        chosen, _ = check_options(spec, options)
-        return RolloutCall(LossCall(self._units(batch, spec.name, spec), spec.name, chosen))
+        cached = bool(options.get("cache_reference", False)) and spec.name == "dpo"
+        chosen, _ = check_options(spec, {k: v for k, v in options.items() if not (cached and k == "cache_reference")})
+        units, kinds = self._units(batch, spec.name, spec=spec)
+        if cached and not chosen["reference_free"]:
+            units = self._references.add(units, self._score)
+        return RolloutCall(LossCall(units, spec.name, chosen)), kinds
 
     def _rollout_call(
         self, batch: Any, rewards: Any, spec: LossSpec, options: Mapping[str, Any], *, fix: bool
     ) -> RolloutCall:
-        if spec.name not in _ROLLOUT_LOSSES:
-            chosen, _ = check_options(spec, options)
-            return RolloutCall(LossCall(self._units(batch, spec.name, spec), spec.name, chosen))
-        base, score = self._base.fingerprint[:8], self._score
-        version = self._engine.version(self._id)
+        policy = Policy(
+            base=self._base.fingerprint[:8],
+            version=self._engine.version(self._id),
+            vocab_size=self._base.vocab_size,
+            max_length=self._max_length,
+            score=self._score,
+            memory=self._memory,
+        )
         if spec.name == "grpo":
             if rewards is None:
                 raise UsageError("grpo needs rewards: forward_backward(completions, rewards, loss_fn='grpo')")
-            return grpo_call(
-                batch, rewards, options, base=base, version=version, score=score, memory=self._memory, say=self._say
-            )
+            return grpo_call(batch, rewards, options, policy, say=self._say)
         if spec.name == "ppo":
-            return ppo_call(
-                batch, rewards, options, base=base, version=version, score=score, memory=self._memory, fix=fix
-            )
+            return ppo_call(batch, rewards, options, policy, fix=fix)
         if rewards is None:
             raise UsageError(f"{spec.name} on completions takes their advantages as the second argument")
         chosen, _ = check_options(spec, options)
-        return RolloutCall(LossCall(policy_units(batch, rewards, base=base), spec.name, chosen))
+        return RolloutCall(LossCall(policy_units(batch, rewards, policy), spec.name, chosen))
 
-    def _units(self, batch: Any, loss: str, spec: LossSpec | None = None) -> list[Unit]:
+    def _units(
+        self, batch: Any, loss: str, *, spec: LossSpec | None = None, negative_weights: bool = False
+    ) -> tuple[list[Unit], frozenset[str]]:
         prepared = to_units(
             batch,
             loss=loss,
@@ -224,16 +250,14 @@ class TrainingClient:
             overlong=self._overlong,
             say=self._say,
         )
-        validate_datums([d for unit in prepared.units for d in unit], self._base.vocab_size)
-        if spec is not None:
-            _check_fields(prepared.units, spec)
+        check_fields(prepared.datums, spec)
+        validate_datums(prepared.datums, self._base.vocab_size, negative_weights=negative_weights)
         if not prepared.units:
             raise DatasetError(
                 f"nothing is left of this batch: {prepared.dropped} rows are longer than max_length={self._max_length}; "
                 "raise max_length, or create the client with overlong='truncate_prompt'"
             )
-        self._trained_on |= prepared.kinds
-        return prepared.units
+        return prepared.units, prepared.kinds
 
     def _score(self, units: Sequence[Unit], *, values: bool = False, reference: bool = False):
         return self._engine.score(self._id, units, values=values, reference=reference)
@@ -272,23 +296,26 @@ class TrainingClient:
         """Write everything training continues from: weights, moments, step, randomness. Whole or not at all.
 
         Args:
-            discard_gradients: drop gradients that no `optim_step` has applied; without it they make this raise.
+            discard_gradients: drop gradients that no `optim_step` has applied, once the state is written; without it
+                they make this raise.
             extra: JSON values to keep with it, such as a data position; `load_state` returns them.
         """
-        if discard_gradients:
-            self._engine.discard_gradients(self._id)
-        state = self._engine.export_state(self._id)
+        state = self._engine.export_state(self._id, ignore_gradients=discard_gradients)
         adapter = self._engine.export_adapter(self._id)
         config = adapter_config(
             adapter, base_name=self._base.name, linear_paths=self._engine.linear_paths(self._base.id)
         )
-        from .checkpoint import dump_json
-
         meta = {"kind": "state", **self._meta(state.meta["step"]), "state": state.meta, "extra": dict(extra or {})}
-        return write_folder(path, {**state.files, CONFIG: dump_json(config)}, meta=meta, overwrite=overwrite)
+        written = write_folder(path, {**state.files, CONFIG: dump_json(config)}, meta=meta, overwrite=overwrite)
+        if discard_gradients:
+            self._engine.discard_gradients(self._id)
+        return written
 
-    def load_state(self, path: str | Path) -> dict[str, Any]:
+    def load_state(self, path: str | Path, *, discard_gradients: bool = False) -> dict[str, Any]:
         """Continue from what `save_state` wrote; returns its `extra`.
+
+        Args:
+            discard_gradients: drop gradients that no `optim_step` has applied; without it they make this raise.
 
         Raises:
             CheckpointError: damaged, or saved by a trainer with another base model or geometry; nothing has changed then.
@@ -297,9 +324,11 @@ class TrainingClient:
         if checkpoint.meta.get("kind") != "state":
             raise CheckpointError(f"{path} is a saved {checkpoint.meta.get('kind', 'folder')}, not a training state")
         files = {name: checkpoint.bytes(name) for name in checkpoint.manifest if name.endswith(".safetensors")}
-        self._engine.import_state(self._id, TrainerState(files, checkpoint.meta["state"]))
+        state = TrainerState(files, checkpoint.meta["state"])
+        self._engine.import_state(self._id, state, ignore_gradients=discard_gradients)
         self._trained_on = set(checkpoint.meta["trained_on"])
-        self._memory = RolloutMemory()
+        self._options = replace(self._options, seed=state.meta["seed"])
+        self._memory, self._references = RolloutMemory(), ReferenceCache()
         return checkpoint.meta["extra"]
 
     def _meta(self, step: int) -> dict[str, Any]:
@@ -350,15 +379,37 @@ def _holds_rollouts(batch: Any) -> bool:
     return False
 
 
-def _check_fields(units: Sequence[Unit], spec: LossSpec) -> None:
-    datums = [d for unit in units for d in unit]
-    for i, datum in enumerate(datums):
-        lacking = [name for name in spec.required_fields if name not in datum.loss_fn_inputs and name != "weights"]
-        if lacking:
-            raise UsageError(
-                f"datum {i} has no {lacking[0]!r}, which {spec.name!r} needs; its loss_fn_inputs are "
-                f"{', '.join(sorted(datum.loss_fn_inputs)) or 'empty'}"
-            )
+def _adam_fields(params: Any) -> dict[str, Any]:
+    """The fields of our or Tinker's AdamParams, or of a mapping."""
+    fields = AdamParams.__dataclass_fields__
+    if params is None:
+        return {}
+    if isinstance(params, Mapping):
+        unknown = [name for name in params if name not in fields]
+        if unknown:
+            raise UsageError(f"optim_step has no setting {unknown[0]!r}; it takes {', '.join(fields)}")
+        return dict(params)
+    if not hasattr(params, "learning_rate"):
+        raise UsageError(
+            f"optim_step takes AdamParams or keywords, got {type(params).__name__}; write optim_step(learning_rate=...)"
+        )
+    return {name: getattr(params, name) for name in fields if hasattr(params, name)}
+
+
+def _custom_loss(fn: Callable[..., Any], data: list[Datum], logprobs: list[Any]) -> tuple[Any, dict[str, float]]:
+    import torch
+
+    answer = fn(data, logprobs)
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        raise UsageError(f"the custom loss must return (loss, metrics), got {type(answer).__name__}")
+    loss, metrics = answer
+    if not torch.is_tensor(loss) or loss.numel() != 1:
+        raise UsageError(f"the custom loss must be a scalar tensor, got {type(loss).__name__}")
+    if not loss.requires_grad:
+        raise UsageError(
+            "the custom loss does not depend on the log-probs it was given; compute it from them, without detach()"
+        )
+    return loss, {name: float(value) for name, value in (metrics or {}).items()}
 
 
 def _kind(batch: Any) -> str:

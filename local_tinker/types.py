@@ -245,6 +245,9 @@ def _check_rollout(rollout: Any) -> None:
     lengths = {name: len(getattr(rollout, name)) for name in ("tokens", "logprobs", "trained")}
     if len(set(lengths.values())) != 1:
         raise UsageError(f"a rollout needs as many logprobs and trained flags as tokens, got {lengths}")
+    for i, value in enumerate(rollout.logprobs):
+        if not math.isfinite(value):
+            raise UsageError(f"logprobs[{i}] of a rollout is {value}; every sampled token has a finite log-prob")
     if rollout.stop_reason not in STOP_REASONS:
         raise UsageError(f"stop_reason must be one of {STOP_REASONS}, got {rollout.stop_reason!r}")
 

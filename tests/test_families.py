@@ -37,7 +37,9 @@ def test_log_probs_and_greedy_text_equal_transformers(service, folder):
     logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
     expected = logits[:-1].log_softmax(-1).gather(1, torch.tensor(tokens)[1:, None])[:, 0]
     assert sampler.compute_logprobs(tokens)[1:] == pytest.approx(expected.tolist(), abs=2e-5)
-    generated = model.generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False, use_cache=False)[0, len(tokens) :]
+    generated = model.generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False, use_cache=False)[
+        0, len(tokens) :
+    ]
     ours = sampler.sample(tokens, temperature=0, max_tokens=12)
     assert list(ours.tokens) == generated.tolist()[: len(ours.tokens)]
     assert len(ours.tokens) == 12 or ours.stop_reason == "stop"
@@ -60,7 +62,9 @@ def test_the_gradient_equals_pefts_on_the_eager_model(service, folder):
     for row in ROWS[:4]:
         encoded = trainer.renderer.conversation(row["messages"])
         ids = torch.tensor([encoded.tokens])
-        logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        logprobs = (
+            model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        )
         total = total - logprobs.sum()
         datums.append(Datum(ModelInput.from_ints(encoded.tokens[:-1]), {"target_tokens": encoded.tokens[1:]}))
     total.backward()
@@ -90,7 +94,11 @@ def test_sampling_stops_where_longrope_would_rotate_older_keys_the_old_way(servi
     from tests.model.families import LONGROPE
 
     folder = tiny.save(
-        tmp_path / "phi3", "phi3", num_attention_heads=8, rope_parameters=LONGROPE | {"original_max_position_embeddings": 24}, original_max_position_embeddings=24
+        tmp_path / "phi3",
+        "phi3",
+        num_attention_heads=8,
+        rope_parameters=LONGROPE | {"original_max_position_embeddings": 24},
+        original_max_position_embeddings=24,
     )
     sampler = service.create_sampling_client(folder, quantize=None, dtype="float32")
     completion = sampler.sample([5, 6, 7, 8], max_tokens=100, stop=[], seed=1)

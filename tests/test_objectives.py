@@ -370,7 +370,7 @@ def test_ppo_starts_with_values_of_zero_and_whitened_returns(client, rollouts):
     expected = -white.mean() + 0.5 * 0.5 * np.mean(raw**2)
     assert float(loss) == pytest.approx(expected, abs=1e-5)
     assert loss.metrics["reward_mean"] == pytest.approx(np.mean(scores)) and loss.metrics["value_mean"] == 0.0
-    head = inner(trainer).value_window.gradient()
+    head = inner(trainer).value.window.gradient()
     assert float(head[-1]) == pytest.approx(-0.5 * raw.mean(), abs=1e-5)  # d/db of 0.5 * 0.5 * mean (V - R)^2
 
 
@@ -384,7 +384,7 @@ def test_forward_fixes_a_rollout_and_minibatches_add_up_to_it(client, rollouts):
     parts.forward_backward(completions[:2], scores[:2], loss_fn="ppo")
     parts.forward_backward(completions[2:], loss_fn="ppo")
     assert relative(gradient(parts), gradient(whole)) < 1e-10
-    assert relative(inner(parts).value_window.gradient(), inner(whole).value_window.gradient()) < 1e-10
+    assert relative(inner(parts).value.window.gradient(), inner(whole).value.window.gradient()) < 1e-10
 
 
 def test_a_rollout_that_was_cut_bootstraps_and_one_that_stopped_is_terminal(client, rollouts):
@@ -405,11 +405,11 @@ def test_a_rollout_that_was_cut_bootstraps_and_one_that_stopped_is_terminal(clie
     state = inner(trainer)
     state.discard_gradients()
     with torch.no_grad():
-        state.value_head[-1] = 3.0  # every state is worth 3
+        state.value.weights[-1] = 3.0  # every state is worth 3
     trainer.forward(completions, [1.0, 1.0], loss_fn="ppo", gamma=1.0, gae_lambda=1.0)
     stopped, cut = (trainer._memory.fixed[c.id] for c in completions)
-    assert stopped["returns"][stopped["mask"]] == pytest.approx(1.0)
-    assert cut["returns"][cut["mask"]] == pytest.approx(4.0)
+    assert stopped.fields["returns"][stopped.mask] == pytest.approx(1.0)
+    assert cut.fields["returns"][cut.mask] == pytest.approx(4.0)
 
 
 def test_ppo_values_converge_to_a_constant_reward(service, tiny_model):
@@ -444,9 +444,8 @@ def test_the_value_head_is_saved_and_strictly_loaded(service, client, rollouts, 
     path = trainer.save_state(tmp_path / "s")
     other = client(dtype="float64")
     other.load_state(path)
-    for name in ("value_head",):
-        assert torch.equal(getattr(inner(other), name), getattr(inner(trainer), name))
-    assert torch.equal(inner(other).value_optimiser.m, inner(trainer).value_optimiser.m)
+    assert torch.equal(inner(other).value.weights, inner(trainer).value.weights)
+    assert torch.equal(inner(other).value.optimiser.m, inner(trainer).value.optimiser.m)
     saved = read_folder(path)
     files = {n: saved.bytes(n) for n in saved.manifest if n != "value_head.safetensors"}
     write_folder(tmp_path / "headless", files, meta=saved.meta)
@@ -520,3 +519,114 @@ def test_a_field_that_only_some_datums_have_is_named(rollouts):
     lacking = Datum(data[1].model_input, {"target_tokens": data[1].loss_fn_inputs["target_tokens"]})
     with pytest.raises(UsageError, match="datum 1 has no 'logprobs', which 'ppo' needs"):
         trainer.forward([data[0], lacking], "ppo")
+
+
+# -- what must not be silent -------------------------------------------------------------------------------------------
+
+
+def test_rewards_with_a_loss_that_reads_none_are_refused(rollouts):
+    trainer, groups = rollouts
+    for loss in (None, "sft", "cross_entropy"):
+        with pytest.raises(UsageError, match="reads no rewards"):
+            trainer.forward_backward(groups, REWARDS, loss_fn=loss)
+
+
+def test_two_aggregations_in_one_window_are_separately_normalised(client, rollouts):
+    both, groups = rollouts
+    a, b = client(dtype="float64"), client(dtype="float64")
+    both.forward_backward(groups, REWARDS, loss_fn="grpo", aggregation="token")
+    both.forward_backward(groups, REWARDS, loss_fn="grpo", aggregation="sequence")
+    a.forward_backward(groups, REWARDS, loss_fn="grpo", aggregation="token")
+    b.forward_backward(groups, REWARDS, loss_fn="grpo", aggregation="sequence")
+    assert relative(gradient(both), gradient(a) + gradient(b)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": (5, 10**6)}, "holds token id 1000000"),
+        ({"prompt_tokens": (5,) * 300}, "302 tokens with its prompt, over max_length=256"),
+    ],
+)
+def test_rollouts_the_model_cannot_read_are_named(rollouts, changes, message):
+    trainer, _ = rollouts
+    fields = dict(
+        prompt_tokens=(5, 6),
+        tokens=(7, 8),
+        trained=(True, True),
+        logprobs=(-1.0, -2.0),
+        stop_reason="stop",
+        weights_version="mine",
+    )
+    with pytest.raises(UsageError, match=message):
+        trainer.forward_backward([Rollout(**{**fields, **changes})], [1.0], loss_fn="importance_sampling")
+    with pytest.raises(UsageError, match=r"logprobs\[1\] of a rollout is nan"):
+        Rollout(**{**fields, "logprobs": (-1.0, float("nan"))})
+
+
+def test_a_fixed_rollout_refuses_other_rewards_options_and_company(rollouts):
+    trainer, groups = rollouts
+    completions, scores = flat(groups), [1.0, 0.0, 0.5, -1.0, 0.0, 2.0]
+    trainer.forward(completions[:4], scores[:4], loss_fn="ppo")
+    with pytest.raises(UsageError, match="completion 1 was fixed with other rewards"):
+        trainer.forward_backward(completions[:2], [1.0, 9.0], loss_fn="ppo")
+    with pytest.raises(UsageError, match="fixed with gamma=1.0 and gamma=0.5"):
+        trainer.forward_backward(completions[:2], loss_fn="ppo", gamma=0.5)
+    with pytest.raises(UsageError, match="completion 0 was fixed by an earlier forward and completion 1 was not"):
+        trainer.forward_backward([completions[0], completions[5]], [1.0, 2.0], loss_fn="ppo")
+    trainer.forward(completions[4:], scores[4:], loss_fn="ppo")  # a second rollout; the first stays fixed
+    trainer.forward_backward(completions[:4], loss_fn="ppo")
+
+
+def test_a_forward_that_fails_leaves_what_was_fixed(rollouts, monkeypatch):
+    trainer, groups = rollouts
+    completions, scores = flat(groups), [1.0, 0.0, 0.5, -1.0, 0.0, 2.0]
+    trainer.forward(completions, scores, loss_fn="ppo")
+    before = dict(trainer._memory.fixed)
+    monkeypatch.setattr(
+        trainer._engine, "forward", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.forward(completions, [9.0] * 6, loss_fn="ppo")
+    assert dict(trainer._memory.fixed) == before
+
+
+def test_a_failed_first_ppo_call_leaves_no_value_head(rollouts, monkeypatch):
+    from local_tinker.engine import trainer as module
+
+    trainer, groups = rollouts
+    monkeypatch.setattr(module, "loss_terms", lambda *a: (_ for _ in ()).throw(ValueError("bad")))
+    with pytest.raises(ValueError):
+        trainer.forward_backward(flat(groups), [1.0] * 6, loss_fn="ppo")
+    assert inner(trainer).value is None
+
+
+def test_cached_reference_log_probs_are_those_of_the_reference(client, monkeypatch):
+    plain, cached = client(), client()
+    expected = plain.forward_backward(TEXT_PAIRS, loss_fn="dpo")
+    calls = []
+    real = cached._engine.score
+    monkeypatch.setattr(cached._engine, "score", lambda *a, **k: calls.append(len(a[1])) or real(*a, **k))
+    found = cached.forward_backward(TEXT_PAIRS, loss_fn="dpo", cache_reference=True)
+    assert float(found) == pytest.approx(float(expected), abs=1e-6)
+    assert relative(gradient(cached), gradient(plain)) < 1e-5
+    cached.forward_backward(TEXT_PAIRS[::-1], loss_fn="dpo", cache_reference=True)
+    assert calls == [6]
+
+
+def test_preference_datums_must_share_their_prompt(client):
+    trainer = client()
+
+    def datum(tokens, start):
+        return Datum(
+            ModelInput.from_ints(tokens[:-1]),
+            {"target_tokens": tokens[1:], "weights": [float(i >= start) for i in range(len(tokens) - 1)]},
+        )
+
+    trainer.forward([datum([5, 6, 7, 8], 1), datum([5, 6, 9], 1)], loss_fn="dpo")
+    from local_tinker.errors import DatasetError
+
+    with pytest.raises(DatasetError, match="continue different prompts"):
+        trainer.forward([datum([5, 6, 7, 8], 1), datum([5, 7, 9], 1)], loss_fn="dpo")
+    with pytest.raises(DatasetError, match="are the same"):
+        trainer.forward([datum([5, 6, 7], 1), datum([5, 6, 7], 1)], loss_fn="dpo")

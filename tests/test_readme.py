@@ -49,7 +49,7 @@ def test_the_models_table_of_the_readme_is_what_is_printed():
             assert tuple(line.split()[:5]) in rows, line
 
 
-SURFACE = '''
+SURFACE = """
 from local_tinker import ServiceClient, batches, load_rows
 
 service = ServiceClient()
@@ -67,7 +67,7 @@ completions = sampler.sample_batch(prompts, n=8)
 rewards = [reward_fn(p, c) for p, c in zip(prompts, completions)]
 trainer.forward_backward(completions, rewards, loss_fn="grpo")
 trainer.optim_step()
-'''
+"""
 
 
 @pytest.mark.parametrize("style", ["group", "flat"])
@@ -83,7 +83,10 @@ def test_the_whole_surface_in_one_loop(tiny_model, tmp_path, monkeypatch, capsys
     source = SURFACE
     if style == "flat":
         names["reward_fn"] = lambda p, group: [float(len(c) % 3) for c in group]
-        source = SURFACE.replace("zip(prompts, completions)]", "zip(prompts, completions)]\nrewards = [r for group in rewards for r in group]")
+        source = SURFACE.replace(
+            "zip(prompts, completions)]",
+            "zip(prompts, completions)]\nrewards = [r for group in rewards for r in group]",
+        )
     exec(compile(source, "surface", "exec"), names)
     printed = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("loss: ") for line in printed) == 6

@@ -246,8 +246,14 @@ def test_optim_step_takes_params_keywords_or_both(client):
     b.forward_backward(ROWS)
     b.optim_step(AdamParams(learning_rate=1.0, weight_decay=0.1), learning_rate=5e-3)
     assert torch.equal(inner(a).adapter.master, inner(b).adapter.master)
-    with pytest.raises(UsageError, match="optim_step has no option 'lr'; it takes learning_rate"):
-        a.optim_step(lr=1.0)
+    a.forward_backward(ROWS)
+    before = inner(a).adapter.master.clone()
+    for wrong in ({"lr": 1.0}, 1e-4, {"learning_rate": -1.0}):
+        with pytest.raises(UsageError):
+            a.optim_step(wrong)
+    assert torch.equal(inner(a).adapter.master, before)
+    a.optim_step({"learning_rate": 0.0})
+    assert torch.equal(inner(a).adapter.master, before)
 
 
 def everything(trainer):
@@ -450,3 +456,43 @@ def test_rows_over_the_length_are_dropped_and_counted_and_a_batch_of_none_is_an_
     assert "rows over max_length are dropped and counted" in capsys.readouterr().err
     with pytest.raises(DatasetError, match="nothing is left of this batch: 1 rows are longer than max_length=48"):
         trainer.forward_backward([long])
+
+
+def test_dropout_does_not_depend_on_the_cut(client):
+    whole, cut = client(dropout=0.5, dtype="float64"), client(dropout=0.5, dtype="float64", micro_batch_tokens=1)
+    whole.forward_backward(ROWS)
+    cut.forward_backward(ROWS)
+    assert relative(gradient(cut), gradient(whole)) < 1e-12
+
+
+def test_fields_no_loss_reads_are_refused_with_the_nearest_name(client):
+    trainer = client()
+    (datum,) = as_datums(trainer, ROWS[:1])
+    misspelled = Datum(
+        datum.model_input, {"target_tokens": datum.loss_fn_inputs["target_tokens"], "weigths": [1.0] * datum.length}
+    )
+    with pytest.raises(UsageError, match="field 'weigths', which no loss reads; did you mean 'weights'"):
+        trainer.forward_backward([misspelled], "cross_entropy")
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (lambda data, logprobs: sum(lp.sum() for lp in logprobs), "must return"),
+        (lambda data, logprobs: (torch.tensor(1.0), {}), "does not depend on the log-probs"),
+        (lambda data, logprobs: (logprobs[0], {}), "scalar"),
+        (lambda data, logprobs: ((logprobs[0] * float("inf")).sum(), {}), "not finite for datum 0"),
+    ],
+)
+def test_custom_losses_that_cannot_be_meant_change_nothing(client, fn, message):
+    trainer = client()
+    before = everything(trainer)
+    with pytest.raises(UsageError, match=message):
+        trainer.forward_backward_custom(ROWS, fn)
+    assert same(before, everything(trainer))
+
+
+def test_a_custom_loss_may_leave_datums_out_and_return_no_metrics(client):
+    trainer = client(train_unembed=True, micro_batch_tokens=1)
+    trainer.forward_backward_custom(ROWS[:2], lambda data, logprobs: (-logprobs[0].sum(), None))
+    assert float(gradient(trainer).abs().max()) > 0

@@ -5,8 +5,7 @@ N input tokens of a datum, K targets a position. Position i of the input predict
 
 from __future__ import annotations
 
-import math
-import numbers
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -148,6 +147,7 @@ def validate_datums(datums: Iterable[Datum], vocab_size: int, *, negative_weight
         _check_ids(name, "model_input", tokens, vocab_size)
         for key, values in datum.loss_fn_inputs.items():
             _check_aligned(name, key, values, len(tokens))
+            _check_columns(name, key, values, datum.loss_fn_inputs.get("target_tokens"))
             if key == "target_tokens":
                 _check_ids(name, key, values, vocab_size)
             elif not np.isfinite(values).all():
@@ -160,6 +160,40 @@ def validate_datums(datums: Iterable[Datum], vocab_size: int, *, negative_weight
             place = int(np.argwhere(weights < 0)[0][0])
             raise DatasetError(
                 f"negative weight at position {place}; only custom losses take those", path=name, field="weights"
+            )
+
+
+KNOWN_FIELDS = ("target_tokens", "weights", "logprobs", "advantages")
+
+
+def check_fields(datums: Sequence[Datum], spec: Any = None) -> None:
+    """Every datum has what the loss needs and nothing that no loss reads.
+
+    Args:
+        spec: the loss (`losses.base.LossSpec`); None asks for targets only.
+    """
+    needed = ("target_tokens",) if spec is None else tuple(f for f in spec.required_fields if f != "weights")
+    label = "a custom loss" if spec is None else repr(spec.name)
+    for index, datum in enumerate(datums):
+        inputs = datum.loss_fn_inputs
+        for name in inputs:
+            if name not in KNOWN_FIELDS:
+                near = difflib.get_close_matches(name, KNOWN_FIELDS, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise UsageError(
+                    f"datum {index} has a field {name!r}, which no loss reads{hint} (known: {', '.join(KNOWN_FIELDS)})"
+                )
+        lacking = [name for name in needed if name not in inputs]
+        if lacking:
+            raise UsageError(
+                f"datum {index} has no {lacking[0]!r}, which {label} needs; its loss_fn_inputs are "
+                f"{', '.join(sorted(inputs)) or 'empty'}"
+            )
+        odd = set(inputs) ^ set(datums[0].loss_fn_inputs) - {"weights"}
+        odd -= {"weights"}
+        if odd:
+            raise UsageError(
+                f"datum {index} and datum 0 differ in the field {min(odd)!r}; give it in all datums of a batch or in none"
             )
 
 
@@ -179,6 +213,15 @@ def _check_aligned(name: str, key: str, values: np.ndarray, length: int) -> None
         raise DatasetError(f"shape {values.shape} for {length} input tokens{hint}", path=name, field=key)
 
 
+def _check_columns(name: str, key: str, values: np.ndarray, targets: np.ndarray | None) -> None:
+    """Fields have the shape of the targets; weights may also be one a position."""
+    if key == "target_tokens" or targets is None or values.shape == targets.shape:
+        return
+    if key == "weights" and values.ndim == 1:
+        return
+    raise DatasetError(f"shape {values.shape} beside target_tokens of shape {targets.shape}", path=name, field=key)
+
+
 def _check_ids(name: str, key: str, ids: np.ndarray, vocab_size: int) -> None:
     wrong = np.argwhere((ids < 0) | (ids >= vocab_size))
     if len(wrong):
@@ -187,29 +230,6 @@ def _check_ids(name: str, key: str, ids: np.ndarray, vocab_size: int) -> None:
             f"token id {int(ids[place])} at position {place[0]}; the vocabulary has ids 0 to {vocab_size - 1}",
             path=name, field=key,
         )  # fmt: skip
-
-
-def validate_rewards(rewards: Any, count: int) -> list[float]:
-    """One finite number a completion.
-
-    Raises:
-        UsageError: with the index of what is not a number (None, text, bool, an array), NaN or infinite.
-    """
-    values = list(rewards) if isinstance(rewards, Iterable) and not isinstance(rewards, str) else None
-    if values is None or len(values) != count:
-        got = type(rewards).__name__ if values is None else f"{len(values)} rewards"
-        raise UsageError(f"got {got} for {count} completions; give one number a completion")
-    out = []
-    for index, value in enumerate(values):
-        if hasattr(value, "item") and getattr(value, "ndim", None) == 0 and not isinstance(value, numbers.Number):
-            value = value.item()
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
-            raise UsageError(f"reward {index} is a {type(value).__name__}{shape}: {value!r}; give a number")
-        if not math.isfinite(value):
-            raise UsageError(f"reward {index} is {value}; give a finite number")
-        out.append(float(value))
-    return out
 
 
 def _place(source: Any) -> str | None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ..errors import DatasetError, UsageError
 from ..types import Datum
 from . import formats
@@ -74,6 +76,8 @@ def to_units(
         prepared = _ready([(rollout(sample),) for sample in given.items], fit)
     elif given.kind in ("datums", "pairs"):
         units = [item if isinstance(item, tuple) else (item,) for item in given.items]
+        if loss == "dpo":
+            _check_pairs(units)
         prepared = _ready(units, fit)
     elif loss in formats.POLICY_LOSSES:
         raise UsageError(
@@ -228,7 +232,9 @@ def _from_rows(items: list, loss: str, fit: _Fit, *, texts: bool = False, max_ba
 
 
 def _kind(example: Example) -> str:
-    chat = isinstance(example, Conversation) or (isinstance(example, Preference) and not isinstance(example.prompt, str))
+    chat = isinstance(example, Conversation) or (
+        isinstance(example, Preference) and not isinstance(example.prompt, str)
+    )
     return "conversation" if chat else "text"
 
 
@@ -285,6 +291,25 @@ def _pairs(datums: list[Datum]) -> list[Unit]:
             f"dpo takes Datums as chosen, rejected, chosen, rejected, ...; got {len(datums)}, an odd number"
         )
     return [(datums[i], datums[i + 1]) for i in range(0, len(datums), 2)]
+
+
+def _check_pairs(pairs: Iterable[Unit]) -> None:
+    for index, (chosen, rejected) in enumerate(pairs):
+        place = f"pair {index} of the Datums"
+        if _prompt(chosen) != _prompt(rejected):
+            raise DatasetError("chosen and rejected continue different prompts", path=place)
+        if chosen.model_input == rejected.model_input and _targets(chosen) == _targets(rejected):
+            raise DatasetError("chosen and rejected are the same", path=place)
+
+
+def _prompt(datum: Datum) -> list[int]:
+    weights = datum.loss_fn_inputs.get("weights")
+    first = 0 if weights is None or not weights.any() else int(np.flatnonzero(weights)[0])
+    return datum.model_input.to_ints()[: first + 1]
+
+
+def _targets(datum: Datum) -> list[int]:
+    return datum.loss_fn_inputs["target_tokens"].tolist() if "target_tokens" in datum.loss_fn_inputs else []
 
 
 def _require_policy_loss(loss: str) -> None:

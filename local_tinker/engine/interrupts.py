@@ -10,19 +10,20 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def finish_first() -> Iterator[None]:
-    """Hold SIGINT back until the block is done, then deliver it. Other threads never receive it."""
+    """Hold SIGINT and SIGTERM back until the block is done, then deliver them. Other threads never receive them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.getsignal(signal.SIGINT)
-    if not callable(previous):
-        yield
-        return
+    # Handlers written in Python may raise in the middle of the block; the system's own end the process at once anyway.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     held: list[tuple] = []
-    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    for number in handlers:
+        signal.signal(number, lambda *event: held.append(event))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
-        if held:
-            previous(*held[-1])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in held:
+            handlers[number](number, frame)

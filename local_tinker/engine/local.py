@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors.torch import load
 
 from ..errors import CheckpointError, StateError
 from ..model.adapter import Adapter, AdapterSpec, choose_targets
-from ..model.load import LoadedModel, load_model
+from ..model.load import LoadedModel, fingerprint, load_model
 from ..sampler.decode import Progress, SamplerEngine
 from ..sampler.sequence import Delta, Finished, Request, derive_seed
 from ..types import AdamParams, LossResult, StepResult
 from .base import AdapterOptions, BaseInfo, LossCall, SavedAdapter, Scores, SnapshotInfo, TrainerState, Unit
 from .planning import Budget, plan_budget
-from .state import export_state, import_state, saved_adapter
+from .state import export_state, import_state, require_no_gradients, saved_adapter
 from .step import Weights
 from .trainer import Trainer
+from .turns import Turns
+
+END = object()
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,7 @@ class LocalEngine:
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
-        self._lock = threading.RLock()
+        self._turn = Turns()
         self._numbers = itertools.count(1)
         self._bases: dict[str, tuple[LoadedModel, BaseInfo]] = {}
         self._trainers: dict[str, tuple[Trainer, str]] = {}
@@ -49,8 +52,8 @@ class LocalEngine:
         self, path: str, *, name: str, quantize: str | None, dtype: str, say: Callable[[str], None] = lambda line: None
     ) -> BaseInfo:
         """Load a base once; the same folder, quantiser and type give the one already there."""
-        id = f"{path}|{quantize}|{dtype}"
-        with self._lock:
+        with self._turn():
+            id = f"{path}|{fingerprint(Path(path))[:12]}|{quantize}|{dtype}"
             if id not in self._bases:
                 model = load_model(path, quantize=quantize, dtype=dtype, device=self.device, say=say)
                 self._bases[id] = (model, _info(id, name, model, self.device))
@@ -65,7 +68,7 @@ class LocalEngine:
 
     def create_trainer(self, base_id: str, options: AdapterOptions, *, start: SavedAdapter | None = None) -> str:
         """A fresh adapter, or one continued from saved weights, which then are also the reference of DPO and of KL terms."""
-        with self._lock:
+        with self._turn():
             model = self._base(base_id)
             spec = _adapter_spec(model, options, start)
             budget = plan_budget(model, spec, micro_batch_tokens=options.micro_batch_tokens)
@@ -87,55 +90,61 @@ class LocalEngine:
         return self._trainers[trainer_id][0]
 
     def forward_backward(self, trainer_id: str, call: LossCall) -> LossResult:
-        with self._lock:
+        with self._turn():
             return self._trainer(trainer_id).forward_backward(call)
 
     def forward(self, trainer_id: str, call: LossCall) -> LossResult:
-        with self._lock:
+        with self._turn():
             return self._trainer(trainer_id).forward(call)
 
     def score(self, trainer_id: str, units: Sequence[Unit], *, values: bool = False, reference: bool = False) -> Scores:
-        with self._lock:
+        with self._turn():
             return self._trainer(trainer_id).score(units, values=values, reference=reference)
 
-    def optim_step(self, trainer_id: str, params: AdamParams) -> StepResult:
-        with self._lock:
-            return self._trainer(trainer_id).optim_step(params)
+    def optim_step(self, trainer_id: str, params: AdamParams, *, value_learning_rate: float) -> StepResult:
+        with self._turn():
+            return self._trainer(trainer_id).optim_step(params, value_learning_rate=value_learning_rate)
 
     def discard_gradients(self, trainer_id: str) -> None:
-        with self._lock:
+        with self._turn():
             self._trainer(trainer_id).discard_gradients()
 
     def step_count(self, trainer_id: str) -> int:
-        with self._lock:
+        with self._turn():
             return self._trainer(trainer_id).step
 
     def linear_paths(self, base_id: str) -> tuple[str, ...]:
         """Every projection that can carry LoRA, by module path."""
-        with self._lock:
+        with self._turn():
             return tuple(self._base(base_id).projections)
 
     def version(self, trainer_id: str) -> str:
-        with self._lock:
+        with self._turn():
             return self._trainer(trainer_id).version
 
-    def export_state(self, trainer_id: str) -> TrainerState:
-        with self._lock:
-            return export_state(self._trainer(trainer_id))
+    def export_state(self, trainer_id: str, *, ignore_gradients: bool = False) -> TrainerState:
+        with self._turn():
+            trainer = self._trainer(trainer_id)
+            if not ignore_gradients:
+                require_no_gradients(trainer)
+            return export_state(trainer)
 
-    def import_state(self, trainer_id: str, state: TrainerState) -> None:
-        with self._lock:
-            import_state(self._trainer(trainer_id), state)
+    def import_state(self, trainer_id: str, state: TrainerState, *, ignore_gradients: bool = False) -> None:
+        with self._turn():
+            trainer = self._trainer(trainer_id)
+            if not ignore_gradients:
+                require_no_gradients(trainer)
+            import_state(trainer, state)
 
     def export_adapter(self, trainer_id: str) -> SavedAdapter:
-        with self._lock:
+        with self._turn():
             return saved_adapter(self._trainer(trainer_id))
 
     # -- snapshots and sampling --------------------------------------------------------------------------------------
 
     def snapshot(self, trainer_id: str) -> SnapshotInfo:
         """Copy the adapter as it is now: tens of megabytes, no disk."""
-        with self._lock:
+        with self._turn():
             trainer = self._trainer(trainer_id)
             pairs = trainer.adapter.views(trainer.adapter.compute.clone())
             seed = derive_seed(trainer.spec.seed, trainer.step)
@@ -143,7 +152,7 @@ class LocalEngine:
 
     def adapter_snapshot(self, base_id: str, adapter: SavedAdapter | None, *, seed: int) -> SnapshotInfo:
         """The base alone, or with a saved adapter."""
-        with self._lock:
+        with self._turn():
             if adapter is None:
                 return self._keep(base_id, {}, 1.0, f"{self._base(base_id).fingerprint[:8]}/base/{seed}", seed)
             model = self._base(base_id)
@@ -174,7 +183,8 @@ class LocalEngine:
         model = snapshot.model
         dims = model.dims
         budget: Budget = plan_budget(model, None, micro_batch_tokens=None)
-        if budget.hold_weights:
+        training = [trainer for trainer, _ in self._trainers.values() if trainer.model is model]
+        if budget.hold_weights and all(trainer.budget.hold_weights for trainer in training):
             model.hold_weights()
         return SamplerEngine(
             model.road,
@@ -200,7 +210,7 @@ class LocalEngine:
         progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[Delta | Finished]:
         """Events of all requests; the device is free for others between two of them."""
-        with self._lock:
+        with self._turn():
             snapshot = self._snapshot(snapshot_id)
             events = self._sampler(snapshot).run(
                 requests,
@@ -209,24 +219,27 @@ class LocalEngine:
                 tokenizer=snapshot.model.tokenizer,
                 stream=stream,
                 progress=progress,
+                pauses=True,
             )
-        return self._turns(events)
+        return self._in_turns(events)
 
-    def _turns(self, events: Iterator[Delta | Finished]) -> Iterator[Delta | Finished]:
+    def _in_turns(self, events: Iterator[Delta | Finished | None]) -> Iterator[Delta | Finished]:
+        """One turn an event; a None is a pause between two tokens, where others may go first."""
         try:
             while True:
-                with self._lock:
-                    event = next(events, None)
-                if event is None:
+                with self._turn():
+                    event = next(events, END)
+                if event is END:
                     return
-                yield event
+                if event is not None:
+                    yield event
         finally:
-            with self._lock:
+            with self._turn():
                 events.close()
 
     def compute_logprobs(self, snapshot_id: str, tokens: Sequence[int]) -> list[float | None]:
         """Log-prob of each token given those before it; None for the first."""
-        with self._lock:
+        with self._turn():
             snapshot = self._snapshot(snapshot_id)
             return self._sampler(snapshot).prompt_logprobs(
                 tokens, pairs=snapshot.weights.pairs, scale=snapshot.weights.scale
@@ -235,12 +248,13 @@ class LocalEngine:
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def release(self, kind: str, id: str) -> None:
-        """Let go of a trainer, a snapshot or a base; unknown ids are already gone."""
-        with self._lock:
-            {"trainer": self._trainers, "snapshot": self._snapshots, "base": self._bases}[kind].pop(id, None)
+        """Let go of a trainer or a snapshot, now or with the next verb; unknown ids are already gone. Takes no lock, so
+        that garbage collection may call it."""
+        table = {"trainer": self._trainers, "snapshot": self._snapshots}[kind]
+        self._turn.later(lambda: table.pop(id, None))
 
     def release_all(self) -> None:
-        with self._lock:
+        with self._turn():
             for table in (self._trainers, self._snapshots, self._bases):
                 table.clear()
             if self.device.type == "cuda":

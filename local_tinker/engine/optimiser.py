@@ -5,6 +5,7 @@ Shapes: P parameters of an adapter (or of a value head).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -93,28 +94,20 @@ class FlatAdamW:
         self.count = torch.zeros((), dtype=torch.float32, device=master.device)  # steps applied, for bias correction
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, params: AdamParams, *, norm: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Clip by the global norm, then one AdamW step; `gradient` is used up.
+    def step(self, gradient: Tensor, params: AdamParams, *, bad: Tensor) -> None:
+        """One AdamW step with an already clipped gradient, which is used up.
 
         Args:
-            norm: the global norm when this buffer is only part of what is clipped together.
-
-        Returns:
-            (norm before clipping, 1.0 where the step was skipped else 0.0), both on the device.
+            bad: 1.0 where the gradient is not finite and nothing may change, else 0.0; on the device.
         """
-        norm = torch.linalg.vector_norm(gradient) if norm is None else norm
-        bad = (~torch.isfinite(norm)).to(torch.float32)
-        if params.grad_clip_norm > 0:
-            # torch.nn.utils.clip_grad_norm_'s coefficient: max_norm / (norm + 1e-6), at most 1
-            gradient = gradient * (params.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        self.count += 1
+        count = self.count + 1
         torch._fused_adamw_(
             [self.master],
             [gradient],
             [self.m],
             [self.v],
             [],
-            [self.count],
+            [count],
             lr=float(params.learning_rate),
             beta1=params.beta1,
             beta2=params.beta2,
@@ -125,5 +118,19 @@ class FlatAdamW:
             grad_scale=None,
             found_inf=bad,
         )
-        self.count -= bad
-        return norm, bad
+        self.count.copy_(count - bad)
+
+
+def clip(gradients: Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Scale gradients together to a global norm of at most `max_norm` (0 turns it off), as clip_grad_norm_ does.
+
+    Returns:
+        the gradients, their norm before clipping, and 1.0 where that is not finite else 0.0; all on the device.
+    """
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+    bad = (~torch.isfinite(norm)).to(torch.float32)
+    if max_norm > 0:
+        # torch.nn.utils.clip_grad_norm_'s coefficient: max_norm / (norm + 1e-6), at most 1
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        gradients = [g * factor for g in gradients]
+    return list(gradients), norm, bad

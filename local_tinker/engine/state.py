@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 from ..errors import CheckpointError, StateError
 from ..model.adapter import Adapter
 from .base import SavedAdapter, TrainerState
+from .interrupts import finish_first
+from .optimiser import FlatAdamW
 from .trainer import Trainer
 
 ADAPTER, OPTIMISER, VALUE_HEAD, REFERENCE = (
@@ -48,9 +52,8 @@ def geometry(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def export_state(trainer: Trainer) -> TrainerState:
-    """The state after the last optimiser step.
-
+def require_no_gradients(trainer: Trainer) -> None:
+    """
     Raises:
         StateError: gradients are pending; they would be lost.
     """
@@ -59,6 +62,10 @@ def export_state(trainer: Trainer) -> TrainerState:
             f"{trainer.window.calls} forward_backward calls have not been applied and would be lost: "
             "call optim_step first, or pass discard_gradients=True"
         )
+
+
+def export_state(trainer: Trainer) -> TrainerState:
+    """The state after the last optimiser step; pending gradients are not part of it."""
     adapter, optimiser = trainer.adapter, trainer.optimiser
     moments = {
         f"{moment}.{name}": _host(view)
@@ -67,9 +74,9 @@ def export_state(trainer: Trainer) -> TrainerState:
     }
     moments["count"] = _host(optimiser.count)
     files = {ADAPTER: _named_bytes(adapter, adapter.master), OPTIMISER: save(moments)}
-    if trainer.value_head is not None:
-        value = trainer.value_optimiser
-        tensors = {"value_head": trainer.value_head, "m": value.m, "v": value.v, "count": value.count}
+    if trainer.value is not None:
+        value = trainer.value.optimiser
+        tensors = {"value_head": trainer.value.weights, "m": value.m, "v": value.v, "count": value.count}
         files[VALUE_HEAD] = save({name: _host(tensor) for name, tensor in tensors.items()})
     if trainer.reference is not None:
         files[REFERENCE] = _named_bytes(adapter, trainer.reference)
@@ -77,9 +84,10 @@ def export_state(trainer: Trainer) -> TrainerState:
         "geometry": geometry(trainer),
         "step": trainer.step,
         "calls": trainer.calls,
-        "uid": trainer.uid,
+        "uid": trainer.lineage,
+        "micro_batch_tokens": trainer.budget.micro_batch_tokens,
         "seed": trainer.spec.seed,
-        "value_head": trainer.value_head is not None,
+        "value_head": trainer.value is not None,
         "reference": trainer.reference is not None,
     }
     return TrainerState(files, meta)
@@ -105,27 +113,30 @@ def import_state(trainer: Trainer, state: TrainerState) -> None:
     if state.meta["reference"]:
         reference = torch.zeros_like(adapter.compute)
         adapter.load(reference, load(_part(state, REFERENCE)), what=REFERENCE)
+    fresh_value = None
     if value is not None:
-        trainer.ensure_value_head()
-        if value["value_head"].shape != trainer.value_head.shape:
+        fresh_value = trainer.new_value_head()
+        if value["value_head"].shape != fresh_value.weights.shape:
             raise CheckpointError(
-                f"{VALUE_HEAD} has {value['value_head'].shape[0]} values, this model's needs {trainer.value_head.shape[0]}"
+                f"{VALUE_HEAD} has {value['value_head'].shape[0]} values, this model's needs {fresh_value.weights.shape[0]}"
             )
-    adapter.master.copy_(fresh["master"])
-    trainer.optimiser.m.copy_(fresh["m"])
-    trainer.optimiser.v.copy_(fresh["v"])
-    trainer.optimiser.count.copy_(moments["count"])
-    adapter.refresh()
-    trainer.reference = reference
-    if value is None:
-        trainer.value_head = trainer.value_optimiser = trainer.value_window = None
-    else:
-        trainer.value_head.copy_(value["value_head"])
-        trainer.value_optimiser.m.copy_(value["m"])
-        trainer.value_optimiser.v.copy_(value["v"])
-        trainer.value_optimiser.count.copy_(value["count"])
-    trainer.discard_gradients()
-    trainer.calls, trainer.uid = state.meta["calls"], state.meta["uid"]
+        fresh_value.weights.copy_(value["value_head"])
+        _restore(fresh_value.optimiser, value["m"], value["v"], value["count"])
+    with finish_first():
+        adapter.master.copy_(fresh["master"])
+        _restore(trainer.optimiser, fresh["m"], fresh["v"], moments["count"])
+        adapter.refresh()
+        trainer.discard_gradients()
+        trainer.reference, trainer.value = reference, fresh_value
+        trainer.spec = adapter.spec = replace(trainer.spec, seed=state.meta["seed"])
+        trainer.calls, trainer.uid, trainer.loaded_step = state.meta["calls"], state.meta["uid"], state.meta["step"]
+        trainer.branch = uuid.uuid4().hex[:12]
+
+
+def _restore(optimiser: FlatAdamW, m: Tensor, v: Tensor, count: Tensor) -> None:
+    optimiser.m.copy_(m)
+    optimiser.v.copy_(v)
+    optimiser.count.copy_(count)
 
 
 def _part(state: TrainerState, name: str) -> bytes:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..data.pack import pack
-from ..errors import UsageError
 from ..losses.base import LossData, LossInputs, LossSpec, LossTerms, Metric, combine_metrics
 from ..model.attention import VarlenCausal
 from ..model.head import CHUNK, target_logprobs
@@ -41,26 +40,40 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where a micro-batch's rows belong, on the host: per document its index in the call, its length and its rows."""
+
+    datums: tuple[int, ...]
+    lengths: tuple[int, ...]
+    spans: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Documents one after the other, with everything the pass needs already on the device.
 
     Attributes:
         tokens, positions: (N,). lengths: of each document. rows: (M,) positions whose log-probs the loss reads.
         targets: (M,) or (M, K). fields: name -> (M,) or (M, K). segments: (M,) document of each row.
-        pairs: (P, 2) documents of each preference pair, or None. datums: index in the call of each document.
-        spans: per document, its rows as offsets into the document (host).
+        pairs: (P, 2) documents of each preference pair, or None.
     """
 
     tokens: Tensor
     positions: Tensor
-    lengths: tuple[int, ...]
+    layout: Layout
     rows: Tensor
     targets: Tensor
     fields: dict[str, Tensor]
     segments: Tensor
     pairs: Tensor | None
-    datums: tuple[int, ...]
-    spans: tuple[np.ndarray, ...]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self.layout.lengths
+
+    @property
+    def datums(self) -> tuple[int, ...]:
+        return self.layout.datums
 
 
 @dataclass
@@ -70,9 +83,9 @@ class Outcome:
     total: Tensor | float = 0.0
     weight: Tensor | float = 0.0
     metrics: dict[str, Metric] = field(default_factory=dict)
-    logprobs: list[tuple[MicroBatch, Tensor]] = field(default_factory=list)
-    values: list[tuple[MicroBatch, Tensor]] = field(default_factory=list)
-    reference: list[tuple[MicroBatch, Tensor]] = field(default_factory=list)
+    logprobs: list[tuple[Layout, Tensor]] = field(default_factory=list)
+    values: list[tuple[Layout, Tensor]] = field(default_factory=list)
+    reference: list[tuple[Layout, Tensor]] = field(default_factory=list)
 
 
 def cut(units: Sequence[Unit], *, budget: int) -> list[list[int]]:
@@ -84,7 +97,7 @@ def micro_batch(units: Sequence[Unit], chosen: Sequence[int], spec: LossSpec, *,
     """Concatenate the chosen units' datums; the host knows all lengths and rows, so nothing waits for the device."""
     first = np.cumsum([0, *(len(unit) for unit in units)])
     datums = [(int(first[u]) + i, datum) for u in chosen for i, datum in enumerate(units[u])]
-    names = _field_names([datum for _, datum in datums], spec)
+    names = _field_names([datum for _, datum in datums])
     spans, tokens, offset = [], [], 0
     rows, segments = [], []
     fields: dict[str, list[np.ndarray]] = {name: [] for name in ("target_tokens", *names)}
@@ -110,14 +123,12 @@ def micro_batch(units: Sequence[Unit], chosen: Sequence[int], spec: LossSpec, *,
     return MicroBatch(
         tokens=put(tokens),
         positions=put([np.arange(n, dtype=np.int64) for n in lengths]),
-        lengths=lengths,
+        layout=Layout(tuple(index for index, _ in datums), lengths, tuple(spans)),
         rows=put(rows),
         targets=packed.pop("target_tokens"),
         fields=packed,
         segments=put(segments),
         pairs=None if pair_ids is None else torch.from_numpy(pair_ids).to(device),
-        datums=tuple(index for index, _ in datums),
-        spans=tuple(spans),
     )
 
 
@@ -125,16 +136,9 @@ def _any_column(weights: np.ndarray) -> np.ndarray:
     return weights if weights.ndim == 1 else (weights != 0).any(axis=1)
 
 
-def _field_names(datums: Sequence[Any], spec: LossSpec) -> list[str]:
-    """Every field that a datum of the call carries, `weights` aside in all of them or in none."""
-    names = sorted({name for datum in datums for name in datum.loss_fn_inputs} - {"target_tokens"})
-    for name in names:
-        lacking = [i for i, datum in enumerate(datums) if name not in datum.loss_fn_inputs]
-        if lacking and name != "weights":
-            raise UsageError(
-                f"{spec.name!r}: field {name!r} is in some datums of the batch and not in others; give it in all or none"
-            )
-    return names
+def _field_names(datums: Sequence[Any]) -> list[str]:
+    """Every field of the micro-batch; a datum without `weights` counts every position."""
+    return sorted({name for datum in datums for name in datum.loss_fn_inputs} - {"target_tokens"})
 
 
 def _pairs(sizes: Sequence[int]) -> np.ndarray | None:
@@ -175,8 +179,8 @@ def run_forward(
     if "values" in needs:
         assert value_head is not None
         values = hidden.to(value_head.dtype) @ value_head[:-1] + value_head[-1]  # (M,)
-    reference_logprobs = None
-    if "reference" in needs:
+    reference_logprobs = micro.fields.get("reference_logprobs")
+    if "reference" in needs and reference_logprobs is None:
         assert reference is not None
         with torch.no_grad():
             other = _hidden(model, micro, reference)
@@ -215,23 +219,23 @@ def loss_terms(spec: LossSpec, out: LossInputs, micro: MicroBatch, options: Mapp
 
 def record(outcome: Outcome, micro: MicroBatch, out: LossInputs, terms: LossTerms | None) -> None:
     """Add a micro-batch to the call's sums, without waiting for the device."""
-    outcome.logprobs.append((micro, out.logprobs.detach()))
+    outcome.logprobs.append((micro.layout, out.logprobs.detach()))
     if out.values is not None:
-        outcome.values.append((micro, out.values.detach()))
+        outcome.values.append((micro.layout, out.values.detach()))
     if out.reference_logprobs is not None:
-        outcome.reference.append((micro, out.reference_logprobs))
+        outcome.reference.append((micro.layout, out.reference_logprobs))
     if terms is not None:
         outcome.total = outcome.total + terms.total.detach()
         outcome.weight = outcome.weight + terms.weight
         outcome.metrics = combine_metrics([outcome.metrics, terms.metrics])
 
 
-def per_datum(parts: Sequence[tuple[MicroBatch, Tensor]], count: int) -> list[np.ndarray]:
+def per_datum(parts: Sequence[tuple[Layout, Tensor]], count: int) -> list[np.ndarray]:
     """Rows back to their datums, in the order given; positions the loss did not read are 0."""
     found: list[np.ndarray | None] = [None] * count
-    for micro, packed in parts:
+    for layout, packed in parts:
         host, at = packed.cpu().numpy(), 0
-        for index, length, span in zip(micro.datums, micro.lengths, micro.spans, strict=True):
+        for index, length, span in zip(layout.datums, layout.lengths, layout.spans, strict=True):
             full = np.zeros((length, *host.shape[1:]), host.dtype)
             full[span] = host[at : at + len(span)]
             found[index] = full

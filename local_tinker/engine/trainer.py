@@ -6,34 +6,51 @@ Shapes: P parameters of the adapter, H hidden.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import StateError
 from ..losses import LOSSES
-from ..losses.base import LossSpec, finish_metrics
+from ..losses.base import LossInputs, LossSpec, finish_metrics
 from ..model.adapter import Adapter, AdapterSpec
 from ..model.load import LoadedModel
 from ..model.lora import LoraDropout
+from ..sampler.sequence import derive_seed
 from ..types import AdamParams, LossResult, StepResult
 from .base import LossCall, Scores, Unit
 from .interrupts import finish_first
-from .optimiser import SUMS, FlatAdamW, GradientWindow
+from .optimiser import SUMS, FlatAdamW, GradientWindow, clip
 from .planning import Budget
-from .step import Outcome, Weights, cut, loss_terms, micro_batch, per_datum, record, run_forward
+from .step import MicroBatch, Outcome, Weights, cut, loss_terms, micro_batch, per_datum, record, run_forward
 
-VALUE_LEARNING_RATE = (
-    1e-3  # of the value head, when a step names none; its features do not start at zero, LoRA's B does
-)
+
+@dataclass(eq=False)
+class ValueHead:
+    """PPO's critic: weight and bias on the final hidden states, (H + 1,), fp32, with its own gradient and moments.
+
+    It starts at zero: values are then 0 and the policy's first gradients are its own.
+    """
+
+    weights: Tensor
+    optimiser: FlatAdamW
+    window: GradientWindow
+
+    @classmethod
+    def create(cls, hidden: int, *, dtype: torch.dtype, device: torch.device) -> ValueHead:
+        weights = torch.zeros(hidden + 1, dtype=dtype, device=device)
+        return cls(weights, FlatAdamW(weights), GradientWindow(hidden + 1, dtype, device))
 
 
 class Trainer:
     """The trainable state on one frozen base.
 
     Attributes:
-        uid: survives saving and loading; with `step` it names a version of the weights.
+        uid: survives saving and loading; with the step it names a version of the weights. Steps taken after a load count
+            under `branch`, a new uid, since the original may have gone on too.
         step: optimiser steps applied.
         calls: forward_backward calls since the start, which seed dropout.
     """
@@ -44,47 +61,52 @@ class Trainer:
         self.adapter.initialise()
         self.optimiser = FlatAdamW(self.adapter.master)
         self.window = GradientWindow(spec.numel, self.adapter.master.dtype, model.device)
-        self.value_head: Tensor | None = None  # (H + 1,) weight and bias
-        self.value_optimiser: FlatAdamW | None = None
-        self.value_window: GradientWindow | None = None
+        self.value: ValueHead | None = None
         self.reference: Tensor | None = None  # compute copy the reference runs with; None: scale 0
-        self.uid = uuid.uuid4().hex[:12]
-        self.calls = 0
+        self.uid = self.branch = uuid.uuid4().hex[:12]
+        self.loaded_step, self.calls = 0, 0
 
     @property
     def step(self) -> int:
         return int(self.optimiser.count.item())
 
     @property
+    def lineage(self) -> str:
+        """The uid under which the present step counts."""
+        return self.uid if self.step <= self.loaded_step else self.branch
+
+    @property
     def version(self) -> str:
         """Names these weights: base, adapter, step."""
-        return f"{self.model.fingerprint[:8]}/{self.uid}/{self.step}"
+        return f"{self.model.fingerprint[:8]}/{self.lineage}/{self.step}"
 
     # -- passes ------------------------------------------------------------------------------------------------------
 
     def forward_backward(self, call: LossCall) -> LossResult:
-        """Add the call's gradient of sums to the window; a failure restores the window."""
+        """Add the call's gradient of sums to the window; a failure restores everything."""
         spec = LOSSES[call.loss]
-        if "values" in spec.needs(call.options):
-            self.ensure_value_head()
-        windows = [w for w in (self.window, self.value_window) if w is not None]
+        value, calls = self.value, self.calls
+        windows = [self.window] if value is None else [self.window, value.window]
         backups = [window.backup() for window in windows]
         try:
+            if "values" in spec.needs(call.options):
+                self.ensure_value_head()
             outcome = self._backward(call, spec)
-            self.window.add_weight(_normaliser(spec), outcome.weight)
         except BaseException:
-            for window, backup in zip(windows, backups, strict=True):
-                window.restore(backup)
+            with finish_first():
+                for window, backup in zip(windows, backups, strict=True):
+                    window.restore(backup)
+                self.value, self.calls = value, calls
             raise
         return _result(outcome, spec, call)
 
     def _backward(self, call: LossCall, spec: LossSpec) -> Outcome:
-        key, needs, outcome = _normaliser(spec), spec.needs(call.options), Outcome()
+        key, needs, outcome = _normaliser(spec, call.options), spec.needs(call.options), Outcome()
         pairs, leaves = self.adapter.leaves()
         weights = Weights(pairs, self.spec.scale, self.model.head_path)
-        head = self.value_head.detach().requires_grad_(True) if "values" in needs else None
+        head = self.value.weights.detach().requires_grad_(True) if "values" in needs else None
         targets = [t for pair in self.adapter.views(self.window.buffer(key)).values() for t in pair]
-        for number, chosen in enumerate(cut(call.units, budget=self.budget.micro_batch_tokens)):
+        for chosen in cut(call.units, budget=self.budget.micro_batch_tokens):
             micro = micro_batch(call.units, chosen, spec, device=self.model.device)
             out = run_forward(
                 self.model,
@@ -94,7 +116,7 @@ class Trainer:
                 reference=self.reference_weights() if "reference" in needs else None,
                 value_head=head,
                 recompute=self.budget.recompute,
-                dropout=self._dropout(number),
+                dropout=self._dropout(micro),
                 head_rows=self.budget.head_rows,
             )
             terms = loss_terms(spec, out, micro, call.options)
@@ -104,31 +126,26 @@ class Trainer:
                 if grad is not None:
                     target += grad
             if head is not None and grads[-1] is not None:
-                self.value_window.buffer(key).add_(grads[-1])
+                self.value.window.buffer(key).add_(grads[-1])
             record(outcome, micro, out, terms)
         self.calls += 1
-        self.window.calls += 1
-        if head is not None:
-            self.value_window.calls += 1
-            self.value_window.add_weight(key, outcome.weight)
+        for window in [self.window] if head is None else [self.window, self.value.window]:
+            window.add_weight(key, outcome.weight)
+            window.calls += 1
         return outcome
 
     @torch.no_grad()
     def forward(self, call: LossCall) -> LossResult:
         """The loss without gradient; dropout is off."""
         spec = LOSSES[call.loss]
-        needs, outcome = spec.needs(call.options), Outcome()
-        if "values" in needs:
-            self.ensure_value_head()
-        for micro, out in self._run(call.units, spec, needs):
+        outcome = Outcome()
+        for micro, out in self._run(call.units, spec, spec.needs(call.options)):
             record(outcome, micro, out, loss_terms(spec, out, micro, call.options))
         return _result(outcome, spec, call)
 
     @torch.no_grad()
     def score(self, units: Sequence[Unit], *, values: bool, reference: bool) -> Scores:
         """Log-probs of every weighted target, and values and reference log-probs when asked for."""
-        if values:
-            self.ensure_value_head()
         needs = frozenset(name for name, on in (("values", values), ("reference", reference)) if on)
         outcome, count = Outcome(), sum(len(unit) for unit in units)
         for micro, out in self._run(units, LOSSES["sft"], needs):
@@ -139,9 +156,12 @@ class Trainer:
             reference_logprobs=per_datum(outcome.reference, count) if reference else None,
         )
 
-    def _run(self, units: Sequence[Unit], spec: LossSpec, needs: frozenset[str]) -> Iterator:
+    def _run(
+        self, units: Sequence[Unit], spec: LossSpec, needs: frozenset[str]
+    ) -> Iterator[tuple[MicroBatch, LossInputs]]:
         weights = Weights(self.adapter.views(self.adapter.compute), self.spec.scale, self.model.head_path)
         reference = self.reference_weights() if "reference" in needs else None
+        value = self.value or self.new_value_head() if "values" in needs else None
         for chosen in cut(units, budget=self.budget.micro_batch_tokens):
             micro = micro_batch(units, chosen, spec, device=self.model.device)
             yield (
@@ -152,7 +172,7 @@ class Trainer:
                     weights,
                     needs=needs,
                     reference=reference,
-                    value_head=self.value_head,
+                    value_head=None if value is None else value.weights,
                     head_rows=self.budget.head_rows,
                 ),
             )
@@ -163,51 +183,46 @@ class Trainer:
         scale = 0.0 if self.reference is None else self.spec.scale
         return Weights(self.adapter.views(flat), scale, self.model.head_path)
 
-    def _dropout(self, number: int) -> LoraDropout | None:
+    def _dropout(self, micro: MicroBatch) -> LoraDropout | None:
         if self.spec.dropout == 0.0:
             return None
-        return LoraDropout(self.spec.dropout, hash((self.spec.seed, self.calls, number)) & 0x7FFFFFFF)
+        seeds = tuple(derive_seed(self.spec.seed, self.calls, datum) for datum in micro.datums)
+        return LoraDropout(self.spec.dropout, seeds, micro.lengths)
 
     def ensure_value_head(self) -> None:
-        """Zero-initialised: values start at 0 and leave the policy's first gradients alone."""
-        if self.value_head is None:
-            size = self.model.head.weight.shape[1] + 1
-            self.value_head = torch.zeros(size, dtype=self.adapter.master.dtype, device=self.model.device)
-            self.value_optimiser = FlatAdamW(self.value_head)
-            self.value_window = GradientWindow(size, self.value_head.dtype, self.model.device)
+        if self.value is None:
+            self.value = self.new_value_head()
+
+    def new_value_head(self) -> ValueHead:
+        hidden = self.model.head.weight.shape[1]
+        return ValueHead.create(hidden, dtype=self.adapter.master.dtype, device=self.model.device)
 
     # -- the optimiser -----------------------------------------------------------------------------------------------
 
-    def optim_step(self, params: AdamParams, *, value_learning_rate: float = VALUE_LEARNING_RATE) -> StepResult:
+    def optim_step(self, params: AdamParams, *, value_learning_rate: float) -> StepResult:
         """Divide the window's sums, clip, AdamW, clear. Interrupts wait until it is whole."""
         if self.window.empty:
             raise StateError("optim_step with nothing accumulated: call forward_backward first")
         with torch.no_grad(), finish_first():
-            gradient = self.window.gradient()
-            head_gradient = (
-                self.value_window.gradient() if self.value_window is not None and not self.value_window.empty else None
-            )
-            norm = torch.linalg.vector_norm(gradient)
-            if head_gradient is not None:
-                norm = torch.hypot(norm, torch.linalg.vector_norm(head_gradient))
-            norm, skipped = self.optimiser.step(gradient, params, norm=norm)
-            if head_gradient is not None:
-                self.value_optimiser.step(head_gradient, _with_rate(params, value_learning_rate), norm=norm)
-                self.value_window.clear()
+            value = self.value if self.value is not None and not self.value.window.empty else None
+            gradients = [self.window.gradient()]
+            if value is not None:
+                gradients.append(value.window.gradient())
+            # Whatever can run out of memory comes before the first thing that changes.
+            gradients, norm, bad = clip(gradients, params.grad_clip_norm)
+            self.optimiser.step(gradients[0], params, bad=bad)
+            if value is not None:
+                value.optimiser.step(gradients[1], replace(params, learning_rate=value_learning_rate), bad=bad)
+                value.window.clear()
             self.adapter.refresh()
             self.window.clear()
             count = self.optimiser.count.clone()
-        return StepResult(lambda: _read_step(norm, skipped, count))
+        return StepResult(lambda: _read_step(norm, bad, count))
 
     def discard_gradients(self) -> None:
         self.window.clear()
-        if self.value_window is not None:
-            self.value_window.clear()
-
-
-def _with_rate(params: AdamParams, learning_rate: float) -> AdamParams:
-    fields = {name: getattr(params, name) for name in AdamParams.__dataclass_fields__}
-    return AdamParams(**{**fields, "learning_rate": learning_rate})
+        if self.value is not None:
+            self.value.window.clear()
 
 
 def _read_step(norm: Tensor, skipped: Tensor, count: Tensor) -> tuple[float, bool, int]:
@@ -215,9 +230,11 @@ def _read_step(norm: Tensor, skipped: Tensor, count: Tensor) -> tuple[float, boo
     return values[0], bool(values[1]), int(values[2])
 
 
-def _normaliser(spec: LossSpec) -> str:
-    """Losses with one divisor share a buffer: sums with divisor 1 all do, others each have their own."""
-    return spec.name if spec.normaliser == "weight" else SUMS
+def _normaliser(spec: LossSpec, options: Mapping[str, Any]) -> str:
+    """Calls with one divisor share a buffer: sums with divisor 1 all do, others by loss and by what it divides by."""
+    if spec.normaliser != "weight":
+        return SUMS
+    return "/".join([spec.name, *(f"{options[name]}" for name in ("aggregation", "max_tokens") if name in options)])
 
 
 def _result(outcome: Outcome, spec: LossSpec, call: LossCall) -> LossResult:

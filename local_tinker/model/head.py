@@ -154,17 +154,18 @@ class _AdaptedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, a, b, head: Head, y: Tensor, scale: float, entropy: bool, chunk: int):
-        logprobs, spreads = [], []
+        wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+        logprobs = torch.empty(y.shape, device=h.device, dtype=wide)
+        spread = torch.empty(h.shape[0] if entropy else 0, device=h.device, dtype=wide)
         for start in range(0, h.shape[0], chunk):
-            z = head.logits(h[start : start + chunk], (a, b), scale)
-            chunk_logprobs, _, spread = _chunk_logprobs(z, y[start : start + chunk], entropy)
-            logprobs.append(chunk_logprobs)
-            spreads.append(spread if entropy else chunk_logprobs.new_empty(0))
+            rows = slice(start, start + chunk)
+            logprobs[rows], _, chunk_spread = _chunk_logprobs(head.logits(h[rows], (a, b), scale), y[rows], entropy)
+            if entropy:
+                spread[rows] = chunk_spread
         ctx.save_for_backward(h, a, b, y)
         ctx.head, ctx.scale, ctx.chunk = head, scale, chunk
-        spread = torch.cat(spreads)
         ctx.mark_non_differentiable(spread)
-        return torch.cat(logprobs), spread
+        return logprobs, spread
 
     @staticmethod
     def backward(ctx, grad: Tensor, _):

@@ -161,6 +161,7 @@ def load_model(
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
@@ -180,7 +181,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(f"{folder} did not load as a causal language model: {error}") from error
     finally:
         if shown:

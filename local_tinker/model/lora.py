@@ -22,17 +22,30 @@ LoraPair = tuple[Tensor, Tensor]  # A (R, I), B (O, R)
 
 @dataclass(frozen=True)
 class LoraDropout:
-    """Dropout on the adapter's input, replayable: the mask depends on (seed, path) and the shape alone, so a recomputed
-    layer drops the same entries and no global generator is touched."""
+    """Dropout on the adapter's input, replayable: each document's mask depends on its own seed, the module's path and its
+    length alone. A recomputed layer drops the same entries, another cut into micro-batches too, and no global generator
+    is touched.
+
+    Args:
+        p: share of entries dropped. seeds, lengths: of each packed document, in order.
+    """
 
     p: float
-    seed: int
+    seeds: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    def document(self, i: int) -> LoraDropout:
+        """The dropout of one document alone."""
+        return LoraDropout(self.p, self.seeds[i : i + 1], self.lengths[i : i + 1])
 
     def __call__(self, x: Tensor, path: str) -> Tensor:
-        mixed = zlib.crc32(f"{self.seed}/{path}".encode())  # torch's CPU generator reads 32 bits of a seed
-        generator = torch.Generator(device=x.device).manual_seed(mixed)
-        keep = torch.rand(x.shape, device=x.device, generator=generator, dtype=torch.float32) >= self.p
+        keep = torch.cat([self._keep(x, seed, n, path) for seed, n in zip(self.seeds, self.lengths, strict=True)])
         return torch.where(keep, x / (1.0 - self.p), torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def _keep(self, x: Tensor, seed: int, length: int, path: str) -> Tensor:
+        mixed = zlib.crc32(f"{seed}/{path}".encode())  # torch's CPU generator reads 32 bits of a seed
+        generator = torch.Generator(device=x.device).manual_seed(mixed)
+        return torch.rand((length, x.shape[-1]), device=x.device, generator=generator, dtype=torch.float32) >= self.p
 
 
 def project(

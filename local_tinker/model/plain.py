@@ -73,8 +73,7 @@ class PlainRoad:
             )
         rows = []
         for row, (i, j) in enumerate(pairwise(attend.cu_seqlens)):
-            # Documents of equal length would otherwise share one mask.
-            own = None if dropout is None else replace(dropout, seed=dropout.seed * 1_000_003 + row)
+            own = None if dropout is None else dropout.document(row)
             rows.append(self._run(replace(binding, dropout=own), tokens[i:j], positions[i:j]))
         return torch.cat(rows)
 

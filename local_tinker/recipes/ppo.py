@@ -41,6 +41,7 @@ class Config(Common):
     clip_high: float = option(0.2, "The ratio is clipped above 1 + clip_high.", least=0)
     value_clip: float = option(0.2, "Farthest a value moves from its old one.", aliases=("cliprange_value",), above=0)
     value_coefficient: float = option(0.5, "Weight of the value loss.", aliases=("vf_coef",), least=0)
+    value_learning_rate: float = option(1e-3, "Learning rate of the value head.", above=0)
     gamma: float = option(1.0, "Discount a token.", least=0)
     gae_lambda: float = option(0.95, "Bias against variance of the advantages.", aliases=("lam",), least=0)
     beta: float = option(0.0, "Weight of the KL to the base model in the reward.", aliases=("kl_coef",), least=0)
@@ -97,7 +98,7 @@ def train(config: Config, trainer: Any, data: Data, *, resume: Run | None = None
             for chosen in parts(len(answers), config, session.step):
                 part = [answers[i] for i in chosen]
                 loss = trainer.forward_backward(part, loss_fn="ppo", **config.options())
-                step = trainer.optim_step(session.adam)
+                step = trainer.optim_step(session.adam, value_learning_rate=config.value_learning_rate)
             session.log(
                 loss,
                 step,

@@ -247,7 +247,8 @@ class SamplerEngine:
         stream: bool = False,
         skip_special_tokens: bool = False,
         progress: Callable[[Progress], None] | None = None,
-    ) -> Iterator[Delta | Finished]:
+        pauses: bool = False,
+    ) -> Iterator[Delta | Finished | None]:
         """Sample every request; a `Finished` for each sample as it ends, with `stream` a `Delta` for each token before.
 
         Requests are checked here, before the first event. Close the iterator to stop early; its cache is freed then.
@@ -255,6 +256,7 @@ class SamplerEngine:
         Args:
             pairs, scale: the adapter, as the road takes it; fixed for the run, so cached keys never mix versions.
             tokenizer: gives the text; None for tokens only.
+            pauses: also yield None after every step, where whoever holds the device may let others go first.
         """
         groups = build_groups(
             requests,
@@ -268,7 +270,7 @@ class SamplerEngine:
         scheduler = Scheduler(groups, pool=cache.pool, max_rows=self._max_rows, prefill_chunk=self._prefill_chunk)
         decoder = self._decoder(cache, pairs=pairs, scale=scale)
         total = sum(request.n for request in requests)
-        return _events(scheduler, decoder, cache, total=total, stream=stream, progress=progress)
+        return _events(scheduler, decoder, cache, total=total, stream=stream, progress=progress, pauses=pauses)
 
     def collect(
         self,
@@ -340,7 +342,8 @@ def _events(
     total: int,
     stream: bool,
     progress: Callable[[Progress], None] | None,
-) -> Iterator[Delta | Finished]:
+    pauses: bool,
+) -> Iterator[Delta | Finished | None]:
     finished = tokens = 0
     try:
         while scheduler.unfinished:
@@ -356,5 +359,7 @@ def _events(
                 yield from deltas
             for row in done:
                 yield row.result()
+            if pauses:
+                yield None
     finally:
         cache.free()

@@ -116,7 +116,8 @@ def test_ctrl_c_on_the_program_saves_and_exits_with_130(words, tmp_path, service
     time.sleep(0.2)
     done.send_signal(signal.SIGINT)
     rest = done.stderr.read()
-    assert done.wait(60) == 130 and "Traceback" not in rest and "to go on: local-tinker run --resume" in rest
+    assert done.wait(60) == 130 and "Traceback" not in rest, rest
+    assert "to go on: local-tinker run --resume" in rest
     (run,) = list_runs(tmp_path / "runs")
     state = run.latest_checkpoint()
     assert run.status == "interrupted" and state.meta["step"] >= 1

@@ -10,7 +10,6 @@ from local_tinker.data.datum import (
     tensor_encoded,
     tensor_rows,
     validate_datums,
-    validate_rewards,
 )
 from local_tinker.data.render import Encoded
 from local_tinker.errors import DatasetError, UsageError
@@ -139,15 +138,3 @@ def test_good_datums_pass_and_custom_losses_may_weigh_negatively():
     validate_datums([datum([1, 2], target_tokens=[2, 3], weights=[1.0, -1.0])], 10, negative_weights=True)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, None, "1.0", True, np.ones(1), [1.0]])
-def test_a_reward_that_is_no_finite_number_is_named_by_index(bad):
-    with pytest.raises(UsageError, match="reward 1 is"):
-        validate_rewards([1.0, bad], 2)
-
-
-def test_rewards_of_number_types_become_floats_and_their_count_is_checked():
-    assert validate_rewards(np.array([1, 2], dtype=np.float32), 2) == [1.0, 2.0]
-    assert validate_rewards([1, np.int64(2), np.array(3.0)], 3) == [1.0, 2.0, 3.0]
-    for wrong in ([1.0], 1.0, "12"):
-        with pytest.raises(UsageError, match="for 2 completions"):
-            validate_rewards(wrong, 2)

@@ -134,7 +134,9 @@ def test_a_preference_is_one_unit_whose_sides_share_their_prompt(renderer_of):
 
 def test_flat_datums_for_dpo_pair_up_and_an_odd_number_is_refused(renderer_of):
     renderer = renderer_of("chatml")
-    datums = to_units(ROWS, renderer=renderer).datums
+    question = {"role": "user", "content": "Name a colour."}
+    rows = [{"messages": [question, {"role": "assistant", "content": answer}]} for answer in ("Blue.", "foo", "bar")]
+    datums = to_units(rows, renderer=renderer).datums
     assert [len(unit) for unit in to_units(datums[:2], loss="dpo", renderer=renderer).units] == [2]
     assert len(to_units([tuple(datums[:2])], loss="dpo", renderer=renderer).units) == 1
     with pytest.raises(UsageError, match="odd number"):

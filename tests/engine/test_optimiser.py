@@ -1,8 +1,14 @@
 import pytest
 import torch
 
-from local_tinker.engine.optimiser import FlatAdamW, GradientWindow
+from local_tinker.engine.optimiser import FlatAdamW, GradientWindow, clip
 from local_tinker.types import AdamParams
+
+
+def step(optimiser, gradient, params):
+    (clipped,), norm, bad = clip([gradient], params.grad_clip_norm)
+    optimiser.step(clipped, params, bad=bad)
+    return norm, bad
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-7), (torch.float64, 1e-14)])
@@ -19,7 +25,7 @@ def test_a_hundred_steps_equal_torch_adamw_with_a_rate_that_changes_each_step(dt
         norm = torch.nn.utils.clip_grad_norm_([theirs], 1.0)
         reference.param_groups[0]["lr"] = rate
         reference.step()
-        reported, skipped = optimiser.step(gradient, AdamParams(learning_rate=rate, weight_decay=0.1))
+        reported, skipped = step(optimiser, gradient, AdamParams(learning_rate=rate, weight_decay=0.1))
         assert float(reported) == pytest.approx(float(norm), rel=1e-5) and skipped == 0
     assert float((ours - theirs.detach()).abs().max()) < tolerance
     assert int(optimiser.count) == 100
@@ -29,11 +35,11 @@ def test_a_hundred_steps_equal_torch_adamw_with_a_rate_that_changes_each_step(dt
 def test_a_gradient_that_is_not_finite_changes_no_bit(value):
     master = torch.randn(50)
     optimiser = FlatAdamW(master)
-    optimiser.step(torch.randn(50), AdamParams())
+    step(optimiser, torch.randn(50), AdamParams())
     before = [t.clone() for t in (master, optimiser.m, optimiser.v, optimiser.count)]
     bad = torch.randn(50)
     bad[7] = value
-    _, skipped = optimiser.step(bad, AdamParams())
+    _, skipped = step(optimiser, bad, AdamParams())
     assert skipped == 1
     for now, then in zip((master, optimiser.m, optimiser.v, optimiser.count), before, strict=True):
         assert torch.equal(now, then)
@@ -42,7 +48,7 @@ def test_a_gradient_that_is_not_finite_changes_no_bit(value):
 def test_clip_zero_turns_clipping_off():
     master = torch.zeros(4, dtype=torch.float64)
     gradient = torch.tensor([300.0, -400.0, 0.0, 0.0], dtype=torch.float64)
-    norm, _ = FlatAdamW(master).step(gradient, AdamParams(learning_rate=1.0, grad_clip_norm=0.0, eps=100.0))
+    norm, _ = step(FlatAdamW(master), gradient, AdamParams(learning_rate=1.0, grad_clip_norm=0.0, eps=100.0))
     # First step: m / (1 - b1) = g, sqrt(v / (1 - b2)) = |g|; update = g / (|g| + eps)
     assert float(norm) == 500.0
     assert master.tolist() == pytest.approx([-0.75, 0.8, 0.0, 0.0])
@@ -52,7 +58,7 @@ def test_updates_below_a_bf16_step_are_not_swallowed():
     master = torch.ones(1)
     optimiser = FlatAdamW(master)
     for _ in range(1000):
-        optimiser.step(torch.ones(1), AdamParams(learning_rate=1e-4))
+        step(optimiser, torch.ones(1), AdamParams(learning_rate=1e-4))
     assert float(master) == pytest.approx(0.9, rel=1e-4)
     assert float(master.bfloat16()) != 1.0
 

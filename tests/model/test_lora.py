@@ -55,22 +55,25 @@ def test_scale_zero_gives_the_bits_of_the_base_alone():
         assert torch.equal(a, b)
 
 
-def test_dropout_is_replayed_by_its_seed_and_differs_between_projections():
+def test_dropout_is_replayed_by_its_seeds_and_differs_between_projections_and_documents():
     linears, pairs = group(None)
-    x = torch.ones(4, 64, dtype=F64)
-    drop = LoraDropout(0.5, seed=9)
+    x = torch.ones(6, 64, dtype=F64)
+    drop = LoraDropout(0.5, seeds=(9, 4), lengths=(2, 4))
     state = torch.random.get_rng_state()
     assert torch.equal(drop(x, "a"), drop(x, "a"))
     assert not torch.equal(drop(x, "a"), drop(x, "b"))
-    assert not torch.equal(drop(x, "a"), LoraDropout(0.5, seed=10)(x, "a"))
+    assert not torch.equal(drop(x, "a"), LoraDropout(0.5, seeds=(10, 4), lengths=(2, 4))(x, "a"))
     assert torch.equal(torch.random.get_rng_state(), state)
-    first = project(torch.ones(4, 64, dtype=F64), linears, pairs, 0.7, dropout=drop)[0]
+    swapped = LoraDropout(0.5, seeds=(4, 9), lengths=(4, 2))(x, "a")
+    assert torch.equal(drop(x, "a"), torch.cat([swapped[4:], swapped[:4]]))
+    assert torch.equal(drop(x, "a")[2:], drop.document(1)(x[2:], "a"))
+    first = project(x, linears, pairs, 0.7, dropout=drop)[0]
     a, b = pairs[0]
     assert torch.allclose(first, x @ linears[0].dense().t() + linears[0].bias + 0.7 * (drop(x, "0") @ a.t()) @ b.t())
 
 
 def test_dropout_keeps_the_expected_share_and_the_mean():
     x = torch.ones(400, 64, dtype=F64)
-    y = LoraDropout(0.25, seed=1)(x, "p")
+    y = LoraDropout(0.25, seeds=(1,), lengths=(400,))(x, "p")
     assert float((y == 0).double().mean()) == pytest.approx(0.25, abs=0.01)
     assert float(y.mean()) == pytest.approx(1.0, abs=0.02)

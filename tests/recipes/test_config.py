@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from local_tinker import ServiceClient
+from local_tinker import ServiceClient, TrainingClient
 from local_tinker.errors import UsageError
 from local_tinker.losses import LOSSES
 from local_tinker.recipes import RECIPES, command, find_recipe, sources
@@ -192,6 +192,11 @@ def test_a_recipes_loss_options_default_to_those_of_the_loss(loss, spec):
     known = {**LOSSES[spec].defaults, **LOSSES[spec].estimator}
     chosen = find_recipe(loss).Config(model="m", dataset="d").options()
     assert chosen == {name: known[name] for name in chosen}
+
+
+def test_the_value_heads_learning_rate_defaults_to_that_of_optim_step():
+    default = inspect.signature(TrainingClient.optim_step).parameters["value_learning_rate"].default
+    assert find_recipe("ppo").Config(model="m", dataset="d").value_learning_rate == default
 
 
 @pytest.mark.parametrize("loss", RECIPES)

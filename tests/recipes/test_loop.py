@@ -218,7 +218,7 @@ def test_the_evaluation_is_the_loss_a_token_over_all_held_out_rows(words, the_ru
         (dict(max_length=3), 2, "nothing left to train on: 10 rows dropped as too long"),
         (dict(report_to="wandbb"), 2, "no tracker 'wandbb', did you mean wandb?"),
         (dict(model="no/where/here"), 3, "no/where/here"),
-        (dict(max_length=100000), 2, "max_length must be between 2 and the model's context"),
+        (dict(max_length=100000), 2, "the model's context of 256"),
     ],
 )
 def test_mistakes_end_the_run_before_it_begins(words, capsys, changes, code, says, tmp_path):

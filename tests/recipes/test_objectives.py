@@ -13,8 +13,8 @@ from local_tinker.recipes.arithmetic import arithmetic
 from local_tinker.recipes.data import columns_of, prompt_of, question_of
 from local_tinker.recipes.ppo import Config as PpoConfig
 from local_tinker.recipes.ppo import parts
-from local_tinker.recipes.scoring import REWARDS, find_reward
-from local_tinker.rewards import number_match
+from local_tinker.recipes.scoring import REWARDS, find_reward, mean_reward
+from local_tinker.rewards import number_match, reward
 
 POLICY = dict(dataset="arithmetic", limit=8, max_tokens=6, samples=0, batch_size=2)
 
@@ -33,30 +33,31 @@ def test_dpo_begins_at_ln_2_and_learns_the_pairs(words, the_run, pairs_file, cap
 
 
 @pytest.fixture
-def length_reward(tmp_path):
-    """A reward the tiny model can earn: the share of tokens that hold no letter `o`."""
+def own_reward(tmp_path):
+    """A reward function in a file, of which every answer earns something else."""
     path = tmp_path / "mine.py"
-    path.write_text("def score(completion, answer):\n    return 1.0 - completion.count('o') / 6\n\nother = 3\n")
+    path.write_text("def score(completion, answer):\n    return sum(map(ord, completion)) % 7 / 6\n\nother = 3\n")
     return f"{path}:score"
 
 
 @pytest.mark.parametrize("loss, own", [("grpo", dict(group_size=4)), ("ppo", dict(ppo_epochs=2, minibatches=2))])
-def test_policy_recipes_run_and_log_their_rewards(words, the_run, loss, own, length_reward):
-    flags = words(**POLICY, reward=length_reward, eval_fraction=0.25, **own)
+def test_policy_recipes_run_and_log_their_rewards(words, the_run, loss, own, own_reward):
+    flags = words(**POLICY, reward=own_reward, eval_fraction=0.25, **own)
     assert app.main(["run", "--loss", loss, *flags]) == 0
     run = the_run()
     assert len(column(run, "reward_mean")) == 3 and all(0 <= value <= 1 for value in column(run, "reward_mean"))
+    assert len(set(column(run, "reward_mean"))) > 1 and max(column(run, "grad_norm")) > 0
     assert len(column(run, "eval_reward")) == 2
-    assert run.config["reward"] == length_reward and run.status == "finished"
+    assert run.config["reward"] == own_reward and run.status == "finished"
     assert (run.adapter / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("loss, own", [("grpo", dict(group_size=4)), ("ppo", dict(ppo_epochs=2, minibatches=2))])
-def test_a_resumed_policy_run_equals_an_uninterrupted_one(words, tmp_path, monkeypatch, length_reward, loss, own):
+def test_a_resumed_policy_run_equals_an_uninterrupted_one(words, tmp_path, monkeypatch, own_reward, loss, own):
     from local_tinker.recipes.loop import Session
     from local_tinker.runs import list_runs
 
-    flags = ["--loss", loss, *words(**POLICY, reward=length_reward, **own)]
+    flags = ["--loss", loss, *words(**POLICY, reward=own_reward, **own)]
     assert app.main(["run", *flags, "--output-dir", str(tmp_path / "whole")]) == 0
     log, calls = Session.log, iter(range(1, 100))
 
@@ -102,14 +103,14 @@ def test_the_arithmetic_is_right_seeded_and_checked_by_its_verifier():
         assert number_match(f"It is {row['answer']}.", **{k: v[0] for k, v in columns_of([row]).items()}) == 1.0
 
 
-def test_rewards_are_found_by_name_and_in_files(tmp_path, length_reward):
+def test_rewards_are_found_by_name_and_in_files(tmp_path, own_reward):
     assert find_reward("number_match")("p", ["the answer is 12", "13"], answer="12") == [1.0, 0.0]
-    assert find_reward(length_reward)("p", "oof", answer="") == pytest.approx(1 - 2 / 6)
+    assert find_reward(own_reward)("p", "a", answer="") == pytest.approx(97 % 7 / 6)
     for name, says in {
         "numbr_match": "did you mean number_match",
         f"{tmp_path}/absent.py:f": "is not there",
-        length_reward.replace("score", "scor"): "did you mean score",
-        length_reward.replace("score", "other"): "has no function 'other'",
+        own_reward.replace("score", "scor"): "did you mean score",
+        own_reward.replace("score", "other"): "has no function 'other'",
     }.items():
         with pytest.raises(UsageError, match=says):
             find_reward(name)
@@ -137,3 +138,17 @@ def test_a_ppo_pass_uses_every_answer_once_in_a_new_order():
 )
 def test_what_is_asked_at_the_end_is_the_prompt_of_the_row(row, loss, asked):
     assert question_of(row, loss) == asked
+
+
+def test_the_mean_reward_of_an_evaluation_is_that_of_the_likeliest_answers(tiny_model, service, own_reward):
+    rows = arithmetic(5, 1)
+    trainer = service.create_lora_training_client(str(tiny_model), rank=2, quantize=None, dtype="float32")
+    sampler = trainer.save_weights_and_get_sampling_client()
+    answers = [sampler.sample(row["prompt"], temperature=0, max_tokens=6) for row in rows]
+    scores = [sum(map(ord, answer)) % 7 / 6 for answer in answers]
+    assert mean_reward(trainer, find_reward(own_reward), rows, max_tokens=6) == pytest.approx(sum(scores) / 5)
+
+    def some(completions, **columns):
+        return [1.0, None, 0.5, None, None]
+
+    assert mean_reward(trainer, reward(some), rows, max_tokens=6) == 0.75
