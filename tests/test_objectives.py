@@ -630,3 +630,138 @@ def test_preference_datums_must_share_their_prompt(client):
         trainer.forward([datum([5, 6, 7, 8], 1), datum([5, 7, 9], 1)], loss_fn="dpo")
     with pytest.raises(DatasetError, match="are the same"):
         trainer.forward([datum([5, 6, 7], 1), datum([5, 6, 7], 1)], loss_fn="dpo")
+
+
+# -- every objective: cuts, failures, derivatives ----------------------------------------------------------------------
+
+
+def calls_of(groups):
+    """name -> (batch, rewards, loss_fn, options), one for each loss."""
+    completions, scores = flat(groups), [1.0, 0.0, 0.5, -1.0, 0.0, 2.0]
+    data = datums_of(completions, advantage=0.7, shift=0.1)
+    return {
+        "sft": (
+            [{"prompt": "one", "completion": " two three"}, {"prompt": "the quick", "completion": " fox"}],
+            None,
+            "sft",
+            {},
+        ),
+        "dpo": (TEXT_PAIRS, None, "dpo", {"beta": 0.5}),
+        "grpo": (groups, REWARDS, "grpo", {"beta": 0.05}),
+        "ppo": (completions, scores, "ppo", {}),
+        "importance_sampling": (data, None, "importance_sampling", {}),
+        "tinker_ppo": (data, None, "ppo", {}),
+        "cispo": (data, None, "cispo", {}),
+        "dro": (data, None, "dro", {"beta": 0.1}),
+        "cross_entropy": (data, None, "cross_entropy", {}),
+    }
+
+
+LOSS_NAMES = ("sft", "dpo", "grpo", "ppo", "importance_sampling", "tinker_ppo", "cispo", "dro", "cross_entropy")
+
+
+def call(trainer, made):
+    batch, rewards, loss_fn, options = made
+    return trainer.forward_backward(batch, rewards, loss_fn, **options)
+
+
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_the_cut_into_micro_batches_changes_nothing_for_any_loss(client, rollouts, name):
+    _, groups = rollouts
+    whole, cut = client(dtype="float64"), client(dtype="float64", micro_batch_tokens=1)
+    a, b = call(whole, calls_of(groups)[name]), call(cut, calls_of(groups)[name])
+    assert float(b) == pytest.approx(float(a), rel=1e-10)
+    assert relative(gradient(cut), gradient(whole)) < 1e-10
+    assert b.metrics == pytest.approx(a.metrics, rel=1e-6, abs=1e-6)
+    for x, y in zip(a.logprobs, b.logprobs, strict=True):
+        assert np.allclose(x, y, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_a_failure_in_the_second_micro_batch_of_any_loss_changes_nothing(client, rollouts, monkeypatch, name):
+    from local_tinker.engine import trainer as module
+
+    _, groups = rollouts
+    trainer = client(dtype="float64", micro_batch_tokens=1)
+    call(trainer, calls_of(groups)["sft"])
+    before, memory = everything(trainer), (dict(trainer._memory.old_logprobs), dict(trainer._memory.fixed))
+    real, count = module.loss_terms, iter(range(1000))
+
+    def fails(*args):
+        if next(count) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return real(*args)
+
+    monkeypatch.setattr(module, "loss_terms", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        call(trainer, calls_of(groups)[name])
+    assert same(before, everything(trainer))
+    assert memory == (dict(trainer._memory.old_logprobs), dict(trainer._memory.fixed))
+    assert inner(trainer).value is None
+
+
+def test_the_whole_ppo_step_has_the_derivative_of_its_loss(client, rollouts):
+    """Policy, value and clips together, against finite differences in the adapter and in the value head."""
+    _, groups = rollouts
+    trainer = client(dtype="float64")
+    completions, scores = flat(groups), [1.0, 0.0, 0.5, -1.0, 0.0, 2.0]
+    trainer.forward(completions, scores, loss_fn="ppo", gamma=0.9, gae_lambda=0.8)
+    state = inner(trainer)
+    trainer.forward_backward(completions, loss_fn="ppo")
+    state.discard_gradients()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():  # away from ratio 1 and value 0, where clips and kinks are
+        state.adapter.master.add_(torch.randn(state.adapter.master.shape, generator=generator).double() * 0.02)
+        state.value.weights.copy_(torch.randn(state.value.weights.shape, generator=generator).double() * 0.01)
+    trainer.forward_backward(completions, loss_fn="ppo")
+    analytic = [gradient(trainer), state.value.window.gradient().clone()]
+    flats = [state.adapter.master, state.value.weights]
+    for grad, values in zip(analytic, flats, strict=True):
+        for at in (3, values.numel() // 2, values.numel() - 1):
+            found = []
+            for shift in (1e-6, -2e-6):
+                with torch.no_grad():
+                    values[at] += shift
+                found.append(value_of(trainer, completions))
+            with torch.no_grad():
+                values[at] += 1e-6
+            assert float(grad[at]) == pytest.approx((found[0] - found[1]) / 2e-6, rel=1e-4, abs=1e-7)
+
+
+def value_of(trainer, completions):
+    """The loss of the fixed rollout, by a forward_backward whose gradient is thrown away."""
+    result = float(trainer.forward_backward(completions, loss_fn="ppo"))
+    inner(trainer).discard_gradients()
+    return result
+
+
+@pytest.mark.parametrize("loss", ["grpo", "ppo"])
+def test_rollouts_with_tool_tokens_train_only_what_the_policy_sampled(client, rollouts, loss):
+    _, groups = rollouts
+
+    def rollout_of(c, tool):
+        tokens = (*c.tokens[:2], *tool, *c.tokens[2:4])
+        trained = [True, True, *[False] * len(tool), *[True] * len(c.tokens[2:4])]
+        return Rollout(
+            prompt_tokens=c.prompt_tokens,
+            tokens=tokens,
+            trained=trained,
+            logprobs=[-1.5 if t else 0.0 for t in trained],
+            stop_reason="stop",
+            weights_version=c.weights_version,
+        )
+
+    made = [rollout_of(c, tool) for c, tool in zip(groups[0], [(7, 8, 9), (60,), ()], strict=True)]
+    trainer = client(dtype="float64")
+    batch, rewards = ([made], [[1.0, 0.0, 0.5]]) if loss == "grpo" else (made, [1.0, 0.0, 0.5])
+    result = trainer.forward_backward(batch, rewards, loss_fn=loss)
+    for r, logprobs in zip(made, result.logprobs, strict=True):
+        answer = logprobs[len(r.prompt_tokens) - 1 :]
+        assert [value != 0.0 for value in answer] == list(r.trained)
+    if loss == "ppo":
+        trainer.forward(made, rewards, loss_fn="ppo", gae_lambda=1.0)
+        for r, reward in zip(made, rewards, strict=True):
+            fixed = trainer._memory.fixed[r.id]
+            assert fixed.mask[len(r.prompt_tokens) - 1 :].tolist() == list(r.trained)
+            assert fixed.fields["returns"][fixed.mask] == pytest.approx(reward, abs=1e-9)
+            assert not fixed.fields["advantages"][~fixed.mask].any()

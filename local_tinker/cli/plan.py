@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from ..engine.memory import GIB, QUANTIZE, TrainSettings, plan_training
+from ..engine.memory import ENGINE_LEVELS, GIB, QUANTIZE, TrainSettings, plan_training
 from ..errors import UsageError
 from ..hardware import detect
 from ..model import catalogue
-from ..recipes.report import RECOMPUTE, choice_line, gib
+from ..recipes.report import choice_line, gib
 from . import output
 
 
@@ -42,7 +42,7 @@ def plan(
     kind, compute = (hardware.kind, 2 if hardware.bf16 else 4) if hardware else ("cuda", 2)
     free = round(vram * GIB) if vram is not None else hardware.free_bytes
     settings = TrainSettings(
-        kind=kind, rank=rank, quantize=quantize, seq_len=seq_len, compute_bytes=compute, levels=RECOMPUTE
+        kind=kind, rank=rank, quantize=quantize, seq_len=seq_len, compute_bytes=compute, levels=ENGINE_LEVELS
     )
     found = plan_training(dims, settings, free)
     if json:

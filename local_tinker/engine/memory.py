@@ -14,6 +14,8 @@ GIB = 2**30
 # What a layer keeps for its backward pass, shallowest first: everything; all but the norms' outputs; also without gate
 # and up; also without q, k and v; its input only.
 LEVELS = ("none", "norms", "mlp", "attention_mlp", "layer")
+# What the engine implements of them: a layer keeps everything for its backward pass, or its input only.
+ENGINE_LEVELS = ("none", "layer")
 QUANTIZE = ("4bit", "8bit", "none")
 READY, TIGHT = 0.85, 0.95  # shares of free memory: the rest is for fragmentation and what else runs on the card
 COMFORTABLE_TOKENS = 4096  # below this, launches and dequantisation cost more than the next recompute level

@@ -9,10 +9,8 @@ import torch
 from ..hardware import memory
 from ..model.adapter import AdapterSpec
 from ..model.load import LoadedModel
-from .memory import Plan, TrainSettings, plan_training, sampler_bytes
+from .memory import ENGINE_LEVELS, Plan, TrainSettings, plan_training, sampler_bytes
 
-# Recompute levels this engine implements: a layer keeps everything for its backward pass, or its input only.
-ENGINE_LEVELS = ("none", "layer")
 SAMPLER_SHARE = 0.4  # of the memory left, for keys and values; training buffers take the rest when they come back
 MAX_ROWS = {"cuda": 256, "cpu": 64}
 

@@ -10,11 +10,10 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..engine.memory import Plan, TrainSettings, plan_training
+from ..engine.memory import ENGINE_LEVELS, Plan, TrainSettings, plan_training
 from ..hardware import Hardware
 from ..model.dims import ModelDims
 
-RECOMPUTE = ("none", "layer")  # the levels the engine implements
 GIB = 2**30
 _LINES = 60  # plain progress lines a run
 
@@ -51,7 +50,7 @@ def plan_for(config: Any, dims: ModelDims, hardware: Hardware, *, free_bytes: in
         quantize=config.quantize,
         tokens=config.micro_batch_tokens,
         compute_bytes=compute,
-        levels=RECOMPUTE,
+        levels=ENGINE_LEVELS,
     )
     return plan_training(dims, settings, hardware.free_bytes if free_bytes is None else free_bytes)
 

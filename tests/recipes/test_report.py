@@ -4,7 +4,6 @@ import io
 
 import pytest
 
-from local_tinker.engine import planning
 from local_tinker.hardware import Hardware
 from local_tinker.model import catalogue
 from local_tinker.recipes import report
@@ -94,10 +93,6 @@ def test_the_plan_of_a_run_says_whether_it_fits_and_what_needs_less(capsys):
     assert "DOES NOT FIT" in report.plan_lines(small, dims, "4bit", 4 * 2**30)[0] and small.levers
     report.print_lines(["x " * 100])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
-
-
-def test_the_plan_counts_on_the_levels_the_engine_has():
-    assert report.RECOMPUTE == planning.ENGINE_LEVELS
 
 
 def test_answers_are_one_line_each_and_cut(capsys):
