@@ -19,7 +19,7 @@ MODEL = "smollm2-135m"
 PREFERENCES = Path(__file__).parents[1] / "recipes" / "data" / "concise_pairs.jsonl"
 
 
-def correct(prompt, completion, row) -> float:
+def correct(completion, row) -> float:
     """1 for the right number, nothing else counts."""
     from local_tinker.rewards import extract_number
 
@@ -37,7 +37,7 @@ def accuracy(trainer, rows: list[dict]) -> float:
     """Share of held-out problems answered right, greedily."""
     sampler = trainer.save_weights_and_get_sampling_client()
     answers = sampler.sample_batch([row["prompt"] for row in rows], max_tokens=8, temperature=0)
-    return sum(correct(None, a, row) for a, row in zip(answers, rows, strict=True)) / len(rows)
+    return sum(correct(a, row) for a, row in zip(answers, rows, strict=True)) / len(rows)
 
 
 def rl(trainer, seed: int, *, objective: str, steps: int, learning_rate: float) -> Iterator[dict]:
@@ -48,7 +48,7 @@ def rl(trainer, seed: int, *, objective: str, steps: int, learning_rate: float) 
         chosen = rows[i * prompts_a_step : (i + 1) * prompts_a_step]
         prompts = [row["prompt"] for row in chosen]
         groups = trainer.save_weights_and_get_sampling_client().sample_batch(prompts, n=n, max_tokens=8)
-        rewards = [[correct(p, c, row) for c in group] for p, group, row in zip(prompts, groups, chosen, strict=True)]
+        rewards = [[correct(c, row) for c in group] for group, row in zip(groups, chosen, strict=True)]
         passes = 1
         if objective == "ppo":
             groups, rewards = [g[0] for g in groups], [r[0] for r in rewards]
