@@ -155,6 +155,8 @@ class SamplingClient:
                     'for an answer in the trained form pass [{"role": "user", "content": ...}]'
                 )
             return self._renderer.generation_prompt(prompt)
+        if isinstance(prompt, Mapping):
+            raise UsageError("a prompt is a list of messages, got one message; put it in a list")
         items = list(prompt)
         if items and all(isinstance(item, Mapping) for item in items):
             return self._renderer.generation_prompt(items)

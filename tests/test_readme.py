@@ -28,7 +28,7 @@ def test_the_readmes_loops_run_as_written_and_teach_the_model(monkeypatch, capsy
     exec(compile(rl, "README.md", "exec"), names)
     assert names["trainer"].step == step + 1
     assert [len(group) for group in names["completions"]] == [8, 8]
-    assert all(r in (0.0, 1.0) for group in names["rewards"] for r in group)
+    assert any(len(set(group)) > 1 for group in names["rewards"])  # there is something to learn
 
 
 def test_the_models_table_of_the_readme_is_what_is_printed():

@@ -215,6 +215,11 @@ def _from_rows(items: list, loss: str, fit: _Fit, *, texts: bool = False, max_ba
                 source = item.source
                 example = formats.to_example(item, loss, shape=name)
                 kinds.add(_kind(example))
+                if isinstance(example, PromptCompletion) and fit.renderer.template_origin == "model":
+                    fit.renderer.notices(
+                        "prompt and completion are strings, so they are trained as plain text; the model has a chat template: "
+                        "give messages (a list of role and content) to train it as a chat"
+                    )
                 with located(source):
                     row_units = encode(example, fit.renderer)
             with located(source):

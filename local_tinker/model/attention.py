@@ -10,8 +10,8 @@ one document (its last L tokens ask).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -21,13 +21,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-
-    _VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
-except ImportError:  # torch before 2.10
-    varlen_attn, _VARLEN_TAKES = None, frozenset()
 
 ATTENTION_NAME = "local_tinker"
 QUERY_BLOCK = 1024  # rows of soft-capped scores that exist at once
@@ -39,6 +32,16 @@ class Attend(Protocol):
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> Tensor: ...
+
+
+@cache
+def varlen_kernel() -> tuple[Callable[..., Tensor] | None, frozenset[str]]:
+    """torch's variable-length attention and its parameters. Imported at first use on a card: it takes seconds."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # torch before 2.10
+        return None, frozenset()
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
 class VarlenCausal:
@@ -76,7 +79,8 @@ class VarlenCausal:
         if window is not None and window >= self.max_length:
             window = None
         if attention_kernel(q.device, q.dtype, q.shape[-1], softcap) == "varlen":
-            extra = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in _VARLEN_TAKES else {}
+            varlen_attn, takes = varlen_kernel()
+            extra = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in takes else {}
             past = -1 if window is None else window - 1
             return varlen_attn(
                 q,
@@ -103,7 +107,9 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, so
         return "capped softmax per document"  # neither kernel can cap
     fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
     # The kernel takes fewer key-value heads as they are; releases that know `enable_gqa` want to be told.
-    return "varlen" if "window_size" in _VARLEN_TAKES and device.type == "cuda" and fits else "sdpa per document"
+    if device.type != "cuda" or not fits:
+        return "sdpa per document"
+    return "varlen" if "window_size" in varlen_kernel()[1] else "sdpa per document"
 
 
 def attend_document(

@@ -277,3 +277,15 @@ def test_labels_that_mask_the_stop_token_are_said(renderer_of):
     renderer, said = renderer_of("chatml"), []
     to_units({"input_ids": [[5, 6, renderer.eos_id]], "labels": [[-100, 6, -100]]}, renderer=renderer, say=said.append)
     assert any("no stop token" in message for message in said)
+
+
+def test_plain_strings_on_a_model_with_a_chat_template_are_announced_once(renderer_of):
+    said = []
+    rows = [{"prompt": "a", "completion": " b"}, {"prompt": "c", "completion": " d"}]
+    renderer = renderer_of("chatml")
+    to_units(rows, renderer=renderer, say=said.append)
+    to_units(rows, renderer=renderer, say=said.append)
+    assert sum("trained as plain text; the model has a chat template" in line for line in said) == 1
+    plain = []
+    to_units(rows, renderer=renderer_of("no_template"), say=plain.append)
+    assert not any("trained as plain text" in line for line in plain)
