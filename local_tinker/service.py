@@ -83,18 +83,9 @@ class ServiceClient:
                 KL terms. Its rank, alpha and modules are used.
             micro_batch_tokens: tokens computed at a time; None lets the memory plan decide. Changes speed, not results.
         """
-        from .engine.base import AdapterOptions
         from .training import TrainingClient
 
-        options = AdapterOptions(
-            rank=_whole("rank", rank),
-            alpha=_positive("alpha", alpha),
-            targets=target_modules if isinstance(target_modules, str) else tuple(target_modules),
-            train_unembed=train_unembed,
-            dropout=_share("dropout", dropout),
-            seed=_whole("seed", seed, least=0),
-            micro_batch_tokens=None if micro_batch_tokens is None else _whole("micro_batch_tokens", micro_batch_tokens),
-        )
+        options = _options(rank, alpha, target_modules, train_unembed, dropout, seed, micro_batch_tokens)
         start = None if adapter is None else self._adapter(adapter)
         _check_lengths(max_length, overlong)
         engine, base = self._load(base_model, quantize=quantize, dtype=dtype)
@@ -222,6 +213,23 @@ def _started(options: AdapterOptions, adapter: SavedAdapter, linear_paths: tuple
         alpha=adapter.alpha,
         targets=inner,
         train_unembed=len(inner) < len(adapter.paths),
+    )
+
+
+def _options(
+    rank: Any, alpha: Any, targets: Any, train_unembed: bool, dropout: Any, seed: Any, micro_batch_tokens: Any
+) -> AdapterOptions:
+    """The user's arguments, checked."""
+    from .engine.base import AdapterOptions
+
+    return AdapterOptions(
+        rank=_whole("rank", rank),
+        alpha=_positive("alpha", alpha),
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        train_unembed=train_unembed,
+        dropout=_share("dropout", dropout),
+        seed=_whole("seed", seed, least=0),
+        micro_batch_tokens=None if micro_batch_tokens is None else _whole("micro_batch_tokens", micro_batch_tokens),
     )
 
 

@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .adapter_folder import CONFIG, adapter_config, write_adapter
 from .checkpoint import dump_json, read_folder, write_folder
+from .custom_loss import evaluate, loss_weights, with_weights
 from .data.datum import check_fields, validate_datums
 from .data.prepare import to_units
 from .data.render import Renderer
@@ -24,7 +23,7 @@ from .notices import Notices
 from .objectives import Policy, RolloutCall, RolloutMemory, grpo_call, policy_units, ppo_call
 from .references import ReferenceCache
 from .sampling import SamplingClient
-from .types import AdamParams, Completion, Datum, LossResult, Rollout, StepResult
+from .types import AdamParams, Completion, LossResult, Rollout, StepResult
 
 _ROLLOUT_LOSSES = ("grpo", "ppo", "importance_sampling", "cispo", "dro")
 _NO_DROPOUT = ("dpo", "grpo", "ppo", "importance_sampling", "cispo", "dro")
@@ -130,21 +129,11 @@ class TrainingClient:
             raise UsageError("dropout makes the log-probs of a custom loss random; create the client with dropout=0")
         units, kinds = self._units(batch, "dpo" if loss_fn == "dpo" else "sft", negative_weights=True)
         data = [datum for unit in units for datum in unit]
-        plain = [(_with_weights(d, None),) for d in data]
+        plain = [(with_weights(d, None),) for d in data]
         scored = self._engine.forward(self._id, LossCall(plain, "cross_entropy"))
         logprobs = [torch.from_numpy(values).requires_grad_(True) for values in scored.logprobs]
-        loss, metrics = _custom_loss(fn, data, logprobs)
-        gradients = torch.autograd.grad(loss, logprobs, allow_unused=True)
-        weights = [
-            np.zeros(lp.shape, np.float32) if g is None else g.numpy()
-            for g, lp in zip(gradients, logprobs, strict=True)
-        ]
-        for i, w in enumerate(weights):
-            if not np.isfinite(w).all():
-                raise UsageError(
-                    f"the custom loss has a gradient that is not finite for datum {i}, position {int(np.argmin(np.isfinite(w)))}"
-                )
-        linear = [(_with_weights(d, w),) for d, w in zip(data, weights, strict=True)]
+        loss, metrics = evaluate(fn, data, logprobs)
+        linear = [(with_weights(d, w),) for d, w in zip(data, loss_weights(loss, logprobs), strict=True)]
         self._engine.forward_backward(self._id, LossCall(linear, "linear"))
         self._trained_on |= kinds
         value, found = float(loss.detach()), [lp.detach().numpy() for lp in logprobs]
@@ -355,12 +344,6 @@ class TrainingClient:
         }
 
 
-def _with_weights(datum: Datum, weights: np.ndarray | None) -> Datum:
-    """The datum's tokens and targets with these weights alone; every position where None."""
-    inputs = {"target_tokens": datum.loss_fn_inputs["target_tokens"]}
-    return Datum(datum.model_input, inputs if weights is None else {**inputs, "weights": weights}, datum.source)
-
-
 def _with_metrics(result: LossResult, extra: Mapping[str, float]) -> LossResult:
     if not extra:
         return result
@@ -394,22 +377,6 @@ def _adam_fields(params: Any) -> dict[str, Any]:
             f"optim_step takes AdamParams or keywords, got {type(params).__name__}; write optim_step(learning_rate=...)"
         )
     return {name: getattr(params, name) for name in fields if hasattr(params, name)}
-
-
-def _custom_loss(fn: Callable[..., Any], data: list[Datum], logprobs: list[Any]) -> tuple[Any, dict[str, float]]:
-    import torch
-
-    answer = fn(data, logprobs)
-    if not isinstance(answer, tuple) or len(answer) != 2:
-        raise UsageError(f"the custom loss must return (loss, metrics), got {type(answer).__name__}")
-    loss, metrics = answer
-    if not torch.is_tensor(loss) or loss.numel() != 1:
-        raise UsageError(f"the custom loss must be a scalar tensor, got {type(loss).__name__}")
-    if not loss.requires_grad:
-        raise UsageError(
-            "the custom loss does not depend on the log-probs it was given; compute it from them, without detach()"
-        )
-    return loss, {name: float(value) for name, value in (metrics or {}).items()}
 
 
 def _kind(batch: Any) -> str:
