@@ -698,6 +698,8 @@ def test_a_failure_in_the_second_micro_batch_of_any_loss_changes_nothing(client,
     assert same(before, everything(trainer))
     assert memory == (dict(trainer._memory.old_logprobs), dict(trainer._memory.fixed))
     assert inner(trainer).value is None
+    window = inner(trainer).window
+    assert not any(buffer.any() for name, buffer in window.buffers.items() if name not in window.weights)
 
 
 def test_the_whole_ppo_step_has_the_derivative_of_its_loss(client, rollouts):
