@@ -57,9 +57,8 @@ def random_model(size: str, folder: Path, *, vocab: int) -> Path:
         **SIZES[size],
     )
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    model = AutoModelForCausalLM.from_config(config)
-    torch.set_default_dtype(torch.float32)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

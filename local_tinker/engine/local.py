@@ -72,8 +72,8 @@ class LocalEngine:
             model = self._base(base_id)
             spec = _adapter_spec(model, options, start)
             budget = plan_budget(model, spec, micro_batch_tokens=options.micro_batch_tokens)
-            if budget.hold_weights:
-                model.hold_weights()
+            if budget.hold_weights or model.quantize is None:
+                model.hold_weights(rank=spec.rank)  # a dense base moves into the projections' own layout
             trainer = Trainer(model, spec, budget)
             if start is not None:
                 with torch.no_grad():

@@ -22,7 +22,7 @@ class Budget:
     Attributes:
         micro_batch_tokens: most tokens of one micro-batch.
         head_rows: rows of full logits that exist at a time.
-        recompute: run each layer again in backward instead of keeping its activations.
+        levels: what each layer keeps for its backward pass, see `model.levels`.
         hold_weights: keep dequantised copies of the base.
         sampler_rows, sampler_tokens: samples decoded together, and tokens their cache may hold.
     """
@@ -30,7 +30,7 @@ class Budget:
     plan: Plan
     micro_batch_tokens: int
     head_rows: int
-    recompute: bool
+    levels: tuple[str, ...]
     hold_weights: bool
     sampler_rows: int
     sampler_tokens: int
@@ -65,7 +65,7 @@ def plan_budget(model: LoadedModel, spec: AdapterSpec | None, *, micro_batch_tok
         plan=plan,
         micro_batch_tokens=micro_batch_tokens or plan.choice.tokens,
         head_rows=plan.choice.head_rows,
-        recompute=plan.choice.level == "layer",
+        levels=("norms" if plan.choice.level == "none" else plan.choice.level,) * dims.layers,
         hold_weights=plan.choice.resident_layers == dims.layers,
         sampler_rows=MAX_ROWS[kind],
         sampler_tokens=tokens,

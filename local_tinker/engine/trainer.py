@@ -25,7 +25,7 @@ from .base import LossCall, Scores, Unit
 from .interrupts import finish_first
 from .optimiser import SUMS, FlatAdamW, GradientWindow, clip
 from .planning import Budget
-from .step import MicroBatch, Outcome, Weights, cut, loss_terms, micro_batch, per_datum, record, run_forward
+from .step import Gradients, MicroBatch, Outcome, Weights, cut, loss_terms, micro_batch, per_datum, record, run_forward
 
 
 @dataclass(eq=False)
@@ -102,10 +102,11 @@ class Trainer:
 
     def _backward(self, call: LossCall, spec: LossSpec) -> Outcome:
         key, needs, outcome = _normaliser(spec, call.options), spec.needs(call.options), Outcome()
-        pairs, leaves = self.adapter.leaves()
-        weights = Weights(pairs, self.spec.scale, self.model.head_path)
-        head = self.value.weights.detach().requires_grad_(True) if "values" in needs else None
-        targets = [t for pair in self.adapter.views(self.window.buffer(key)).values() for t in pair]
+        weights = Weights(self.adapter.views(self.adapter.compute), self.spec.scale, self.model.head_path)
+        value = self.value if "values" in needs else None
+        gradients = Gradients(
+            self.adapter.views(self.window.buffer(key)), None if value is None else value.window.buffer(key)
+        )
         for chosen in cut(call.units, budget=self.budget.micro_batch_tokens):
             micro = micro_batch(call.units, chosen, spec, device=self.model.device)
             out = run_forward(
@@ -114,22 +115,17 @@ class Trainer:
                 weights,
                 needs=needs,
                 reference=self.reference_weights() if "reference" in needs else None,
-                value_head=head,
-                recompute=self.budget.recompute,
+                value_head=None if value is None else value.weights,
+                gradients=gradients,
+                levels=self.budget.levels,
                 dropout=self._dropout(micro),
                 head_rows=self.budget.head_rows,
             )
             terms = loss_terms(spec, out, micro, call.options)
-            wanted = leaves if head is None else [*leaves, head]
-            grads = torch.autograd.grad(terms.total, wanted, allow_unused=True)
-            for target, grad in zip(targets, grads[: len(leaves)], strict=True):
-                if grad is not None:
-                    target += grad
-            if head is not None and grads[-1] is not None:
-                self.value.window.buffer(key).add_(grads[-1])
+            terms.total.backward()
             record(outcome, micro, out, terms)
         self.calls += 1
-        for window in [self.window] if head is None else [self.window, self.value.window]:
+        for window in [self.window] if value is None else [self.window, value.window]:
             window.add_weight(key, outcome.weight)
             window.calls += 1
         return outcome

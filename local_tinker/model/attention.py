@@ -9,9 +9,9 @@ one document (its last L tokens ask).
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -34,16 +34,6 @@ class Attend(Protocol):
     ) -> Tensor: ...
 
 
-@cache
-def varlen_kernel() -> tuple[Callable[..., Tensor] | None, frozenset[str]]:
-    """torch's variable-length attention and its parameters. Imported at first use on a card: it takes seconds."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # torch before 2.10
-        return None, frozenset()
-    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
-
-
 class VarlenCausal:
     """Each document attends causally to itself alone.
 
@@ -60,9 +50,10 @@ class VarlenCausal:
         )
         self.max_length = max(lengths)
         self.device = torch.device(device)
-        # Only the CUDA kernel reads it there; one small copy a micro-batch, not one a layer.
+        # Only the CUDA kernel reads it there; one small copy a micro-batch, not one a layer, and nobody waits for it.
         on_gpu = self.device.type == "cuda"
-        self.edges = torch.tensor(self.cu_seqlens, dtype=torch.int32, device=device) if on_gpu else None
+        edges = torch.tensor(self.cu_seqlens, dtype=torch.int32)
+        self.edges = edges.pin_memory().to(device, non_blocking=True) if on_gpu else None
 
     def __call__(
         self,
@@ -76,40 +67,82 @@ class VarlenCausal:
         softcap: float | None,
     ) -> Tensor:
         """-> (N, Hq, D)."""
-        if window is not None and window >= self.max_length:
-            window = None
-        if attention_kernel(q.device, q.dtype, q.shape[-1], softcap) == "varlen":
-            varlen_attn, takes = varlen_kernel()
-            extra = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in takes else {}
-            past = -1 if window is None else window - 1
-            return varlen_attn(
-                q,
-                k,
-                v,
-                self.edges,
-                self.edges,
-                self.max_length,
-                self.max_length,
-                scale=scale,
-                window_size=(past, 0),
-                **extra,
-            )
+        window = self._window(window)
+        if attention_kernel(q.device, q.dtype, q.shape[-1], softcap) == "flash":
+            return self._flash(q, k, v, scale, window)[0]
         outputs = [
             attend_document(q[i:j], k[i:j], v[i:j], scale=scale, window=window, softcap=softcap)
             for i, j in pairwise(self.cu_seqlens)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
+    ) -> tuple[Tensor, Kept]:
+        """-> the same (N, Hq, D), and what `backward` wants besides q, k, v and it."""
+        window = self._window(window)
+        if attention_kernel(q.device, q.dtype, q.shape[-1], softcap) == "flash":
+            out, *kept = self._flash(q, k, v, scale, window)
+            return out, tuple(kept)
+        with torch.enable_grad():
+            leaves = tuple(t.detach().requires_grad_(True) for t in (q, k, v))
+            out = self(0, *leaves, scale=scale, window=window, softcap=softcap)
+        return out.detach(), Graph(out, leaves)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        kept: Kept,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v from that of the output; `kept` is used up."""
+        if isinstance(kept, Graph):
+            return torch.autograd.grad(kept.out, kept.leaves, dout)
+        lse, *random = kept
+        window = self._window(window)
+        return torch.ops.aten._flash_attention_backward(
+            dout, q, k, v, out, lse, self.edges, self.edges, self.max_length, self.max_length, 0.0, window is None, *random,
+            scale=scale, window_size_left=-1 if window is None else window - 1, window_size_right=0,
+        )  # fmt: skip
+
+    def _window(self, window: int | None) -> int | None:
+        return None if window is None or window >= self.max_length else window
+
+    def _flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> list[Tensor]:
+        """torch's own variable-length flash kernel, which takes fewer key-value heads as they are.
+
+        The operator itself: its public wrapper costs the host more than the kernel costs a small batch.
+        """
+        left = -1 if window is None else window - 1
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, self.edges, self.edges, self.max_length, self.max_length, 0.0, window is None, False,
+            scale=scale, window_size_left=left, window_size_right=0,
+        )[:4]  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """An attention that autograd recorded, where no kernel with a backward of its own serves."""
+
+    out: Tensor
+    leaves: tuple[Tensor, Tensor, Tensor]
+
+
+Kept = Graph | tuple[Tensor, ...]
+
 
 def attention_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None) -> str:
-    """The name of what `VarlenCausal` runs: "varlen", "sdpa per document" or "capped softmax per document"."""
+    """The name of what `VarlenCausal` runs: "flash", "sdpa per document" or "capped softmax per document"."""
     if softcap is not None:
         return "capped softmax per document"  # neither kernel can cap
     fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
-    # The kernel takes fewer key-value heads as they are; releases that know `enable_gqa` want to be told.
-    if device.type != "cuda" or not fits:
-        return "sdpa per document"
-    return "varlen" if "window_size" in varlen_kernel()[1] else "sdpa per document"
+    return "flash" if device.type == "cuda" and fits else "sdpa per document"
 
 
 def attend_document(

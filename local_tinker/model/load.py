@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from ..errors import ModelError, UsageError
 from .dims import ModelDims
 from .head import Head
-from .layer import FastRoad, collect
+from .kernels import fault
 from .linear import QUANTISERS, FrozenLinear
 from .plain import PlainRoad, probe
+from .road import FastRoad, collect
 from .spec import FamilySpec, Refusal, spec_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -99,13 +100,30 @@ class LoadedModel:
             max_positions=self.max_positions,
         )
 
-    def hold_weights(self) -> None:
-        for linear in self.projections.values():
-            linear.hold()
+    def hold_weights(self, layers: int | None = None, *, rank: int = 0) -> None:
+        """Keep the dequantised weights of the first `layers` (None: all) on the device, and of no other.
+
+        Args:
+            rank: leaves room beside them for adapters of this rank, which the fused projections want.
+        """
+        if self.fast is None:
+            for linear in self.projections.values():
+                linear.hold()
+            return
+        for index, layer in enumerate(self.fast.weights.layers):
+            for group in layer.groups:
+                if layers is None or index < layers:
+                    group.hold(rank * len(group.linears))
+                else:
+                    group.release()
 
     def release_weights(self) -> None:
         for linear in self.projections.values():
             linear.release()
+        if self.fast is not None:
+            for layer in self.fast.weights.layers:
+                for group in layer.groups:
+                    group.release()
 
 
 def load_model(
@@ -154,6 +172,8 @@ def load_model(
         loaded.hold_weights()  # the probes below would dequantise every weight several times, which a CPU does slowly
     _check_head(model, loaded)
     loaded.fast = _fast_road(model, text_config, loaded)
+    if device.type == "cuda" and (reason := fault("cuda")) is not None:
+        loaded.said.append(f"fused kernels are off and plain torch runs instead: {reason}")
     loaded.release_weights()
     for line in loaded.said:
         say(line)

@@ -19,14 +19,14 @@ def spec(model):
 
 def test_with_memory_to_spare_weights_stay_dense_and_nothing_is_recomputed(model):
     budget = plan_budget(model, spec(model), micro_batch_tokens=None)
-    assert budget.hold_weights and not budget.recompute and budget.micro_batch_tokens == 4096
+    assert budget.hold_weights and set(budget.levels) == {"norms"} and budget.micro_batch_tokens == 4096
 
 
 def test_with_little_memory_layers_are_recomputed_and_weights_dequantised_again(model, monkeypatch):
     plenty = plan_budget(model, spec(model), micro_batch_tokens=None).plan.total
     monkeypatch.setattr(planning, "_free_bytes", lambda device: plenty // 3)
     tight = plan_budget(model, spec(model), micro_batch_tokens=None)
-    assert tight.recompute and tight.micro_batch_tokens < 4096
+    assert set(tight.levels) == {"layer"} and tight.micro_batch_tokens < 4096
     monkeypatch.setattr(planning, "_free_bytes", lambda device: plenty // 20)
     assert not plan_budget(model, spec(model), micro_batch_tokens=None).hold_weights
 

@@ -129,7 +129,7 @@ def test_padding_is_refused_where_the_mask_would_be_built():
 
 def test_the_kernel_in_use_has_a_name():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert attention_kernel(cuda, torch.bfloat16, 128, None) == "varlen"
+    assert attention_kernel(cuda, torch.bfloat16, 128, None) == "flash"
     assert attention_kernel(cuda, torch.float32, 128, None) == "sdpa per document"
     assert attention_kernel(cuda, torch.bfloat16, 20, None) == "sdpa per document"
     assert attention_kernel(cuda, torch.bfloat16, 128, 50.0) == "capped softmax per document"
@@ -157,4 +157,4 @@ def test_cuda_kernels_equal_the_reference_forward_and_backward(dtype, window):
     expected.backward(dy.to(dtype).double())
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     for a, b in zip([out, *(t.grad for t in ours)], [expected, *(t.grad for t in theirs)], strict=True):
-        assert ((a.double() - b).norm() / b.norm()).item() < tolerance
+        assert ((a.double() - b).norm() / b.norm().clamp_min(1.0)).item() < tolerance  # with one key dq and dk are 0
