@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError
+from .kernels import KERNEL_DTYPES, triton_ready
+from .kernels.attention import PackedBlocks, attend_packed, attend_packed_backward
 
 ATTENTION_NAME = "local_tinker"
 QUERY_BLOCK = 1024  # rows of soft-capped scores that exist at once
@@ -49,11 +51,7 @@ class VarlenCausal:
             f"cu_seqlens {self.cu_seqlens} must rise from 0"
         )
         self.max_length = max(lengths)
-        self.device = torch.device(device)
-        # Only the CUDA kernel reads it there; one small copy a micro-batch, not one a layer, and nobody waits for it.
-        on_gpu = self.device.type == "cuda"
-        edges = torch.tensor(self.cu_seqlens, dtype=torch.int32)
-        self.edges = edges.pin_memory().to(device, non_blocking=True) if on_gpu else None
+        self.blocks = PackedBlocks(self.cu_seqlens, torch.device(device))
 
     def __call__(
         self,
@@ -68,8 +66,11 @@ class VarlenCausal:
     ) -> Tensor:
         """-> (N, Hq, D)."""
         window = self._window(window)
-        if attention_kernel(q.device, q.dtype, q.shape[-1], softcap) == "flash":
-            return self._flash(q, k, v, scale, window)[0]
+        kernel = attention_kernel(q.device, q.dtype, q.shape[-1], softcap)
+        if kernel == "packed":
+            return _Packed.apply(q, k, v, self.blocks, scale, window, softcap)
+        if kernel == "flash":
+            return self._flash(q, k, v, scale, window)
         outputs = [
             attend_document(q[i:j], k[i:j], v[i:j], scale=scale, window=window, softcap=softcap)
             for i, j in pairwise(self.cu_seqlens)
@@ -80,10 +81,9 @@ class VarlenCausal:
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> tuple[Tensor, Kept]:
         """-> the same (N, Hq, D), and what `backward` wants besides q, k, v and it."""
-        window = self._window(window)
-        if attention_kernel(q.device, q.dtype, q.shape[-1], softcap) == "flash":
-            out, *kept = self._flash(q, k, v, scale, window)
-            return out, tuple(kept)
+        if attention_kernel(q.device, q.dtype, q.shape[-1], softcap) == "packed":
+            options = dict(scale=scale, window=self._window(window), softcap=softcap)
+            return attend_packed(q, k, v, self.blocks, **options)
         with torch.enable_grad():
             leaves = tuple(t.detach().requires_grad_(True) for t in (q, k, v))
             out = self(0, *leaves, scale=scale, window=window, softcap=softcap)
@@ -100,30 +100,47 @@ class VarlenCausal:
         *,
         scale: float,
         window: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v from that of the output; `kept` is used up."""
+        softcap: float | None,
+        into: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """Fill `into` with the gradients of q, k and v from that of the output; a graph in `kept` is used up."""
         if isinstance(kept, Graph):
-            return torch.autograd.grad(kept.out, kept.leaves, dout)
-        lse, *random = kept
-        window = self._window(window)
-        return torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse, self.edges, self.edges, self.max_length, self.max_length, 0.0, window is None, *random,
-            scale=scale, window_size_left=-1 if window is None else window - 1, window_size_right=0,
-        )  # fmt: skip
+            for target, found in zip(into, torch.autograd.grad(kept.out, kept.leaves, dout), strict=True):
+                target.copy_(found)
+            return
+        options = dict(scale=scale, window=self._window(window), softcap=softcap)
+        attend_packed_backward(dout, q, k, v, out, kept, self.blocks, **options, into=into)
 
     def _window(self, window: int | None) -> int | None:
         return None if window is None or window >= self.max_length else window
 
-    def _flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> list[Tensor]:
-        """torch's own variable-length flash kernel, which takes fewer key-value heads as they are.
-
-        The operator itself: its public wrapper costs the host more than the kernel costs a small batch.
-        """
+    def _flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """torch's own variable-length flash kernel, which takes fewer key-value heads as they are."""
+        edges = torch.tensor(self.cu_seqlens, dtype=torch.int32, device=q.device)
         left = -1 if window is None else window - 1
         return torch.ops.aten._flash_attention_forward(
-            q, k, v, self.edges, self.edges, self.max_length, self.max_length, 0.0, window is None, False,
+            q, k, v, edges, edges, self.max_length, self.max_length, 0.0, window is None, False,
             scale=scale, window_size_left=left, window_size_right=0,
-        )[:4]  # fmt: skip
+        )[0]  # fmt: skip
+
+
+class _Packed(torch.autograd.Function):
+    """Our kernels for autograd, which transformers' modules need."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, blocks: PackedBlocks, scale: float, window: int | None, softcap: float | None):
+        ctx.blocks, ctx.options = blocks, dict(scale=scale, window=window, softcap=softcap)
+        q, k, v = (t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous() for t in (q, k, v))
+        out, lse = attend_packed(q, k, v, blocks, **ctx.options)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        q, k, v, out, lse = ctx.saved_tensors
+        into = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        attend_packed_backward(dout.contiguous(), q, k, v, out, lse, ctx.blocks, **ctx.options, into=into)
+        return *into, None, None, None, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,15 +151,19 @@ class Graph:
     leaves: tuple[Tensor, Tensor, Tensor]
 
 
-Kept = Graph | tuple[Tensor, ...]
+Kept = Graph | Tensor  # or the log-sum-exp (Hq, N)
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None) -> str:
-    """The name of what `VarlenCausal` runs: "flash", "sdpa per document" or "capped softmax per document"."""
+    """The name of what `VarlenCausal` runs: "packed" (our own), or where that is not served "flash" (torch's), "sdpa per
+    document" or "capped softmax per document"."""
+    half = dtype in KERNEL_DTYPES
+    if half and head_dim <= 256 and triton_ready(device.type):
+        return "packed"
     if softcap is not None:
-        return "capped softmax per document"  # neither kernel can cap
-    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
-    return "flash" if device.type == "cuda" and fits else "sdpa per document"
+        return "capped softmax per document"  # neither of torch's kernels can cap
+    flash = half and device.type == "cuda" and head_dim % 8 == 0 and head_dim <= 256
+    return "flash" if flash else "sdpa per document"
 
 
 def attend_document(

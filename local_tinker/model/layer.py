@@ -22,7 +22,7 @@ from .attention import Attend
 from .attention import Kept as KeptAttention
 from .group import GroupLora, ProjectionGroup, padded
 from .kernels.norm import add_norm, norm_backward
-from .kernels.rope import Angles, HeadLayout, rotate_back, rotate_qk
+from .kernels.rope import Angles, HeadLayout, rotate_back_, rotate_qk
 from .kernels.swiglu import gated, gated_backward_
 from .levels import LEVELS
 from .lora import LoraDropout, LoraPair
@@ -218,7 +218,7 @@ class DecoderPass:
             mlp.gate_up = mlp.thin_gate_up = None
         if depth >= LEVELS.index("attention_mlp"):
             attention.qkv = attention.thin_qkv = None
-            if not isinstance(attention.kept, tuple):  # a recorded graph would hold q, k and v
+            if not isinstance(attention.kept, Tensor):  # a recorded graph would hold q, k and v
                 attention.out = attention.kept = None
         for part, names in ((attention, ("thin_qkv", "thin_out")), (mlp, ("thin_gate_up", "thin_down"))):
             for name in names:
@@ -360,18 +360,20 @@ class DecoderPass:
         del dy
         raw = attention.qkv
         rotated = raw if weights.heads.q_norm is None else rotate_qk(raw, weights.heads, rotation)
-        parts = self.call.attend.backward(
+        dqkv = torch.empty_like(raw)
+        self.call.attend.backward(
             dout.view(attention.out.shape),
             *weights.heads.split(rotated),
             attention.out,
             attention.kept,
             scale=spec.attention_scale,
             window=spec.windows[index],
+            softcap=spec.attention_softcap,
+            into=weights.heads.split(dqkv),
         )
         attention.out = attention.kept = None
-        dqkv = torch.empty_like(raw)
-        rotate_back(*parts, raw, weights.heads, rotation, out=dqkv)
-        del parts, rotated, raw, dout
+        rotate_back_(dqkv, raw, weights.heads, rotation)
+        del rotated, raw, dout
         dx, q = weights.qkv.backward_input(dqkv, lora(weights.qkv), need=not last)
         if last:
             _, x = self._enter(h, None, weights.before_attention, weights.qkv, None)

@@ -125,9 +125,7 @@ def freeze(model: nn.Module) -> dict[str, FrozenLinear]:
     return frozen
 
 
-def random_pairs(
-    frozen: dict[str, FrozenLinear], *, rank: int = 3, seed: int = 1
-) -> dict[str, tuple[Tensor, Tensor]]:
+def random_pairs(frozen: dict[str, FrozenLinear], *, rank: int = 3, seed: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, like: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from local_tinker.errors import ModelError
-from local_tinker.model.attention import ATTENTION_NAME, VarlenCausal, register
 from local_tinker.model import layer
+from local_tinker.model.attention import ATTENTION_NAME, VarlenCausal, register
 from local_tinker.model.levels import LEVELS
 from local_tinker.model.lora import LoraDropout
 from local_tinker.model.road import FastRoad, collect, text_decoder

@@ -72,18 +72,18 @@ def rotate_qk_reference(qkv, layout, angles, out):
     out.copy_(torch.cat([*parts, v.flatten(1)], dim=-1))
 
 
-def rotate_back_reference(dq, dk, dv, raw, layout, angles, out):
-    q, k, _ = layout.split(raw)
-    parts = []
-    for dx, x, weight in ((dq, q, layout.q_norm), (dk, k, layout.k_norm)):
+def rotate_back_reference(dqkv, raw, layout, angles):
+    (dq, dk, _), (q, k, _) = layout.split(dqkv), layout.split(raw)
+    for target, x, weight in ((dq, q, layout.q_norm), (dk, k, layout.k_norm)):
+        dx = target
         if angles is not None:
             dx = rotate(dx, angles[0], -angles[1])
         if weight is not None:
             rows, back = _norm_rows(x, layout), torch.empty_like(_norm_rows(dx, layout))
             norm_backward_reference(_norm_rows(dx, layout), rows, weight, layout.eps, layout.norm, None, back, None)
             dx = back.view(dx.shape)
-        parts.append(dx.flatten(1))
-    out.copy_(torch.cat([*parts, dv.flatten(1)], dim=-1))
+        if dx is not target:
+            target.copy_(dx)
 
 
 def rotate_qk(qkv: Tensor, layout: HeadLayout, angles: Angles | None) -> Tensor:
@@ -95,26 +95,26 @@ def rotate_qk(qkv: Tensor, layout: HeadLayout, angles: Angles | None) -> Tensor:
         rotate_qk_reference(qkv, layout, angles, out)
         return out
     cos, sin = angles
-    _rotate[(qkv.shape[0],)](qkv, out, cos, sin, *_weights(layout, qkv), qkv.stride(0), out.stride(0), **_constants(layout, angles))
+    _rotate[(qkv.shape[0],)](
+        qkv, out, cos, sin, *_weights(layout, qkv), qkv.stride(0), out.stride(0), **_constants(layout, angles)
+    )
     return out
 
 
-def rotate_back(
-    dq: Tensor, dk: Tensor, dv: Tensor, raw: Tensor, layout: HeadLayout, angles: Angles | None, *, out: Tensor
-) -> None:
-    """Gradients of q (N, Hq, D), k and v (N, Hkv, D) -> that of the qkv row, into `out` (N, (Hq + 2 Hkv) D).
+def rotate_back_(dqkv: Tensor, raw: Tensor, layout: HeadLayout, angles: Angles | None) -> None:
+    """In place: the gradient of the rotated qkv row becomes that of the row `rotate_qk` was given.
 
     Args:
-        raw: what `rotate_qk` was given; read where the layout has head norms only.
+        raw: that row; read where the layout has head norms only.
     """
+    if angles is None and layout.q_norm is None:
+        return
     if not _kernel_serves(raw, layout, angles):
-        return rotate_back_reference(dq, dk, dv, raw, layout, angles, out)
-    dq, dk, dv = (t.contiguous() for t in (dq, dk, dv))
+        return rotate_back_reference(dqkv, raw, layout, angles)
     cos, sin = angles
     _rotate_back[(raw.shape[0],)](
-        dq, dk, dv, raw, out, cos, sin, *_weights(layout, raw), raw.stride(0), out.stride(0),
-        **_constants(layout, angles),
-    )  # fmt: skip
+        dqkv, raw, cos, sin, *_weights(layout, raw), dqkv.stride(0), raw.stride(0), **_constants(layout, angles)
+    )
 
 
 def _kernel_serves(qkv: Tensor, layout: HeadLayout, angles: Angles | None) -> bool:
@@ -222,14 +222,14 @@ if triton is not None:
 
     @triton.jit
     def _rotate_heads_back(
-        DX, X, OUT, W, c, s, COUNT: tl.constexpr, BLOCK: tl.constexpr, J: tl.constexpr, JB: tl.constexpr,
+        DX, X, W, c, s, COUNT: tl.constexpr, BLOCK: tl.constexpr, J: tl.constexpr, JB: tl.constexpr,
         NORM: tl.constexpr, KIND: tl.constexpr, EPS: tl.constexpr, ROUND: tl.constexpr,
     ):  # fmt: skip
         h, j = tl.arange(0, BLOCK), tl.arange(0, JB)
         at = h[:, None] * (2 * J) + j[None, :]
         ok = (h[:, None] < COUNT) & (j[None, :] < J)
         a, b = _halves(DX, at, ok, J)
-        a, b = _turn(a, b, c, -s, ROUND, OUT.dtype.element_ty)
+        a, b = _turn(a, b, c, -s, ROUND, DX.dtype.element_ty)
         if NORM:
             lo, hi = _weights_of(W, j, J, KIND)
             xa, xb = _halves(X, at, ok, J)
@@ -237,21 +237,20 @@ if triton is not None:
             ua, ub, a, b = xa * inverse, xb * inverse, a * lo, b * hi
             mean = ((tl.sum(a * ua, 1) + tl.sum(b * ub, 1)) / (2 * J))[:, None]
             a, b = inverse * (a - ua * mean), inverse * (b - ub * mean)
-        tl.store(OUT + at, a, mask=ok)
-        tl.store(OUT + J + at, b, mask=ok)
+        tl.store(DX + at, a, mask=ok)
+        tl.store(DX + J + at, b, mask=ok)
 
     @triton.jit
     def _rotate_back(
-        DQ, DK, DV, X, OUT, COS, SIN, QW, KW, x_row, out_row, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
-        J: tl.constexpr, JB: tl.constexpr, NORM: tl.constexpr, KIND: tl.constexpr, EPS: tl.constexpr,
-        ROUND: tl.constexpr, QB: tl.constexpr, KB: tl.constexpr,
+        DX, X, COS, SIN, QW, KW, dx_row, x_row, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, J: tl.constexpr,
+        JB: tl.constexpr, NORM: tl.constexpr, KIND: tl.constexpr, EPS: tl.constexpr, ROUND: tl.constexpr,
+        QB: tl.constexpr, KB: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         j = tl.arange(0, JB)
         c = tl.load(COS + row * J + j, mask=j < J).to(tl.float32)[None, :]
         s = tl.load(SIN + row * J + j, mask=j < J).to(tl.float32)[None, :]
+        DX += row * dx_row
         X += row * x_row
-        OUT += row * out_row
-        _rotate_heads_back(DQ + row * HQ * D, X, OUT, QW, c, s, HQ, QB, J, JB, NORM, KIND, EPS, ROUND)
-        _rotate_heads_back(DK + row * HK * D, X + HQ * D, OUT + HQ * D, KW, c, s, HK, KB, J, JB, NORM, KIND, EPS, ROUND)
-        _copy_heads(DV + row * HK * D, OUT + (HQ + HK) * D, HK, KB, D, 2 * JB)
+        _rotate_heads_back(DX, X, QW, c, s, HQ, QB, J, JB, NORM, KIND, EPS, ROUND)
+        _rotate_heads_back(DX + HQ * D, X + HQ * D, KW, c, s, HK, KB, J, JB, NORM, KIND, EPS, ROUND)

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 
+from local_tinker.model.attention import VarlenCausal, attend_reference, attention_kernel
 from local_tinker.model.kernels import head, lora, nf4, norm, rope, serves, swiglu, triton
 from local_tinker.model.kernels.rope import HeadLayout
 from local_tinker.model.linear import NF4Weight
@@ -16,7 +17,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 HALF = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter truncates to bf16 instead of rounding
 pytestmark = pytest.mark.skipif(
-    triton is None or not (INTERPRETED or torch.cuda.is_available()), reason="needs Triton with a card or its interpreter"
+    triton is None or not (INTERPRETED or torch.cuda.is_available()),
+    reason="needs Triton with a card or its interpreter",
 )
 
 
@@ -72,7 +74,9 @@ LAYOUTS = {
 def test_rotation_of_q_and_k_and_back(name, wide):
     layout = LAYOUTS[name]
     count, pairs = 5, layout.head_dim // 2
-    angles = tuple(t.to(torch.float32 if wide else HALF)[:, None] for t in (draw(count, pairs).sin(), draw(count, pairs).cos()))
+    angles = tuple(
+        t.to(torch.float32 if wide else HALF)[:, None] for t in (draw(count, pairs).sin(), draw(count, pairs).cos())
+    )
     raw = draw(count, sum(layout.sizes) + 8, seed=1)[:, : sum(layout.sizes)]
     expected = torch.empty(count, sum(layout.sizes), dtype=HALF, device=DEVICE)
     rope.rotate_qk_reference(raw.clone(), layout, angles, expected)
@@ -80,10 +84,10 @@ def test_rotation_of_q_and_k_and_back(name, wide):
     rotated = rope.rotate_qk(raw, layout, angles)
     near(rotated, expected)
     assert (rotated.data_ptr() == raw.data_ptr()) == (layout.q_norm is None)
-    parts = [draw(count, heads, layout.head_dim, seed=5 + i) for i, heads in enumerate((layout.heads, layout.kv_heads, layout.kv_heads))]
-    ours, theirs = torch.empty_like(expected), torch.empty_like(expected)
-    rope.rotate_back_reference(*parts, kept, layout, angles, theirs)
-    rope.rotate_back(*parts, kept, layout, angles, out=ours)
+    ours = draw(count, sum(layout.sizes), seed=5)
+    theirs = ours.clone()
+    rope.rotate_back_reference(theirs, kept, layout, angles)
+    rope.rotate_back_(ours, kept, layout, angles)
     near(ours, theirs, 6e-3)
 
 
@@ -143,3 +147,28 @@ def test_rows_of_logits(vocab, softcap):
     alone = torch.zeros(4, device=DEVICE)
     head.logit_rows(z, y, scale=0.5, softcap=softcap, logprobs=alone, entropy=None, grad=None)
     assert torch.equal(alone, found[0][0])
+
+
+@pytest.mark.parametrize("case", ["grouped", "window", "cap", "narrow", "one head"])
+def test_attention_over_packed_documents_and_its_gradients(case):
+    heads, kv_heads, d = {"one head": (1, 1, 32), "narrow": (4, 2, 24)}.get(case, (4, 2, 16))
+    window, softcap = (37 if case == "window" else None), (4.0 if case == "cap" else None)
+    edges = [0, 1, 70, 205] if case == "grouped" else [0, 70, 150]
+    n, options = edges[-1], dict(scale=0.4, window=window, softcap=softcap)
+    wide = draw(n, (heads + 2 * kv_heads) * d)
+    parts = [t.unflatten(-1, (-1, d)) for t in wide.split([heads * d, kv_heads * d, kv_heads * d], dim=-1)]
+    attend, dout = VarlenCausal(edges, DEVICE), draw(n, heads, d, seed=1)
+    assert attention_kernel(wide.device, HALF, d, softcap) == "packed"
+    out, kept = attend.forward(*parts, **options)
+    found = torch.full_like(wide, 7.0)
+    into = tuple(t.unflatten(-1, (-1, d)) for t in found.split([heads * d, kv_heads * d, kv_heads * d], dim=-1))
+    attend.backward(dout, *parts, out, kept, **options, into=into)
+    exact = [t.double().cpu().requires_grad_() for t in parts]
+    expected = attend_reference(*exact, edges, **options)
+    gradients = torch.autograd.grad(expected, exact, dout.double().cpu())
+    near(out.cpu(), expected.detach())
+    for ours, theirs in zip(into, gradients, strict=True):
+        near(ours.cpu(), theirs, 8e-3)
+    leaves = [t.detach().clone().requires_grad_() for t in parts]  # the same through autograd
+    attend(0, *leaves, **options).backward(dout)
+    assert all(torch.equal(leaf.grad, t) for leaf, t in zip(leaves, into, strict=True))
