@@ -33,19 +33,29 @@ class Blocks(NamedTuple):
 
 @dataclass(frozen=True)
 class Tuning:
-    """Measured block sizes; the wide ones need Hopper's shared memory."""
+    """Block sizes of the three kernels."""
 
     forward: Blocks
     query: Blocks
     key: Blocks
 
 
-def tuning(head_dim: int, capability: tuple[int, int]) -> Tuning:
+LONG = 4096  # a token's document, on average over tokens, from where wide blocks pay
+
+
+def tuning(head_dim: int, capability: tuple[int, int], length: float) -> Tuning:
+    """Measured on an H100 (docs of mean 60, mean 500 and one of 8,192 tokens); elsewhere what fits its shared memory.
+
+    Args:
+        length: mean over tokens of their document's length.
+    """
     if head_dim > 128:
         return Tuning(Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1))
-    if capability >= (9, 0):
-        return Tuning(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2))
-    return Tuning(Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2))
+    if capability < (9, 0):
+        return Tuning(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2))
+    key = Blocks(64, 32, 4, 3) if head_dim <= 64 else Blocks(64, 64, 4, 2)
+    wide = Blocks(128, 64, 8, 3) if length >= LONG and head_dim > 64 else Blocks(64, 32, 4, 3)
+    return Tuning(wide, wide, key)
 
 
 class PackedBlocks:
@@ -53,10 +63,14 @@ class PackedBlocks:
 
     Args:
         cu_seqlens: document i holds tokens cu_seqlens[i] to cu_seqlens[i + 1].
+
+    Attributes:
+        length: mean over tokens of their document's length.
     """
 
     def __init__(self, cu_seqlens: Sequence[int], device: torch.device) -> None:
         self._edges = [(start, stop - start) for start, stop in pairwise(cu_seqlens)]
+        self.length = sum(length * length for _, length in self._edges) / max(1, cu_seqlens[-1])
         self._device = device
         self._made: dict[tuple[int, bool], Tensor] = {}
 
@@ -85,7 +99,7 @@ def attend_packed(
     n, heads, d = q.shape
     out = torch.empty((n, heads, d), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, n), dtype=torch.float32, device=q.device)
-    own, look, warps, stages = _tuning(q).forward
+    own, look, warps, stages = _tuning(q, blocks).forward
     work = blocks.of(own, keys=False)
     _forward[(work.shape[0], heads)](
         q, k, v, out, lse, work, n, q.stride(0), k.stride(0), v.stride(0), scale, softcap or 1.0,
@@ -113,13 +127,13 @@ def attend_packed_backward(
     dq, dk, dv = into
     dots = torch.empty_like(lse)  # sum over D of dout * out, made by the first kernel for the second
     constants = _constants(q, k, window, softcap)
-    own, look, warps, stages = _tuning(q).query
+    own, look, warps, stages = _tuning(q, blocks).query
     work = blocks.of(own, keys=False)
     _backward_queries[(work.shape[0], heads)](
         q, k, v, out, dout, lse, dots, dq, work, n, q.stride(0), k.stride(0), v.stride(0), dout.stride(0), dq.stride(0),
         scale, softcap or 1.0, HQ=heads, **constants, BM=own, BN=look, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    own, look, warps, stages = _tuning(q).key
+    own, look, warps, stages = _tuning(q, blocks).key
     work = blocks.of(own, keys=True)
     _backward_keys[(work.shape[0], k.shape[1])](
         q, k, v, dout, lse, dots, dk, dv, work, n, q.stride(0), k.stride(0), v.stride(0), dout.stride(0), dk.stride(0),
@@ -127,9 +141,9 @@ def attend_packed_backward(
     )  # fmt: skip
 
 
-def _tuning(q: Tensor) -> Tuning:
+def _tuning(q: Tensor, blocks: PackedBlocks) -> Tuning:
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
-    return tuning(q.shape[-1], capability)
+    return tuning(q.shape[-1], capability, blocks.length)
 
 
 def _constants(q: Tensor, k: Tensor, window: int | None, softcap: float | None) -> dict:
