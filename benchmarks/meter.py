@@ -74,7 +74,7 @@ class Meter:
             "ms_a_step": round(1e3 * self.seconds / self.steps, 2),
             "tokens_a_step": round(tokens / self.steps, 1),
             "loss_share": round(loss_tokens / tokens, 3),
-            "gflop_a_token": round(need / 1e9, 3),
+            "gflop_a_token": round(need / 1e9, 6),
             "floor_tokens_s": round(peak_flops / need),
         }
         if self.cuda:
@@ -123,7 +123,7 @@ def card(device: str, *, size: int) -> dict:
         return meter.seconds / repeats
 
     return {
-        "tflops": round(2 * size**3 / seconds(lambda: torch.mm(a, b)) / 1e12, 3),
+        "tflops": round(2 * size**3 / seconds(lambda: torch.mm(a, b)) / 1e12, 6),
         "copy_gb_s": round(2 * one.nbytes / seconds(lambda: two.copy_(one)) / 1e9, 1),
         "gemm_size": size,
     }

@@ -56,7 +56,7 @@ def main() -> None:
         return None
     if options.tiny:
         with tempfile.TemporaryDirectory() as folder:
-            failed = _run(options, Path(folder), Path(folder))
+            failed = _run(options, options.out or Path(folder), Path(folder))
         sys.exit(f"{failed} of the cases failed" if failed else 0)
     models = options.models or (Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir()))
     _run(options, options.out, models / f"local-tinker-train-{os.getuid()}")
@@ -73,7 +73,7 @@ def _arguments() -> argparse.Namespace:
     add("--budget", type=float, default=560.0, help="seconds for everything; cases that no longer fit are skipped")
     add("--timeout", type=float, default=180.0, help="seconds a case may take, loading included")
     add("--profile", action="store_true", help="also profile one step of each of our cases, into profile.txt")
-    add("--out", type=Path, default=report.RESULTS, help="where results are written")
+    add("--out", type=Path, help="where results are written; default: benchmarks/results, and nowhere with --tiny")
     add("--name", help="of the result files; default: train_ and the card")
     add("--models", type=Path, help="where the random models are put, /dev/shm by default; removed when done with")
     add("--keep-models", action="store_true")
@@ -83,6 +83,8 @@ def _arguments() -> argparse.Namespace:
     add("--collect", type=Path, nargs="+", help="jsonl files of earlier runs: write their common table")
     add("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.out is None and not options.tiny:
+        options.out = report.RESULTS
     if options.tiny:
         options.model, options.steps, options.warmup = "tiny", 2, 1
         options.cases = "tiny" if options.cases == "free" else options.cases
@@ -126,16 +128,18 @@ def _run(options: argparse.Namespace, out: Path, models: Path) -> int:
             file.write(json.dumps(line) + "\n")
         print(json.dumps({k: v for k, v in line.items() if k != "trace"}), flush=True)
 
-    rates = _spawn({"job": "card", "device": device, "size": 256 if options.tiny else 8192}, 120, out)
-    if "error" in rates:
-        sys.exit(f"the card could not be measured: {rates['error']}\n{rates.get('trace', '')}")
-    card = {**report.machine(), **rates}
-    note({"card": card})
+    card: dict = {}
     results: list[dict] = []
     for model in dict.fromkeys(case.model for case in todo):
         folder = models / model
-        job = {"job": "model", "model": model, "folder": str(folder), "device": device}
+        size = None if card else 256 if options.tiny else 8192
+        job = {"job": "model", "model": model, "folder": str(folder), "device": device, "measure": size}
         made = _spawn(job, min(240, end - time.monotonic()), out)
+        if not card:
+            if "rates" not in made:
+                sys.exit(f"the card could not be measured: {made['error']}\n{made.get('trace', '')}")
+            card = {**report.machine(), **made["rates"]}
+            note({"card": card})
         print(json.dumps(made), flush=True)
         for case in (case for case in todo if case.model == model):
             left = end - time.monotonic()
@@ -166,6 +170,7 @@ def _spawn(job: dict, timeout: float, out: Path) -> dict:
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "UNSLOTH_COMPILE_LOCATION": str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"),
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",
     }
@@ -220,7 +225,7 @@ def _kill(process: subprocess.Popen) -> None:
 
 def _child(job: dict) -> None:
     try:
-        _say({"card": _card, "model": _model, "case": _case}[job["job"]](job))
+        _say({"model": _model, "case": _case}[job["job"]](job))
     except BaseException as error:
         # the parent shows it beside the case; nothing else of this process is of use
         _say({"error": f"{type(error).__name__}: {str(error)[:600]}", "trace": traceback.format_exc()[-3000:]})
@@ -231,16 +236,17 @@ def _say(result: dict) -> None:
     print("RESULT " + json.dumps(result), flush=True)
 
 
-def _card(job: dict) -> dict:
+def _model(job: dict) -> dict:
+    """The first of a run measures the card too; those rates are said at once, whatever becomes of the model."""
     from .meter import card
 
-    return card(job["device"], size=job["size"])
-
-
-def _model(job: dict) -> dict:
+    found: dict = {}
+    if job["measure"]:
+        found["rates"] = card(job["device"], size=job["measure"])
+        _say(found)
     start = time.perf_counter()
     folder = work.save_model(job["model"], Path(job["folder"]), job["device"])
-    return {"made": str(folder), "seconds": round(time.perf_counter() - start, 1)}
+    return found | {"made": str(folder), "seconds": round(time.perf_counter() - start, 1)}
 
 
 def _case(job: dict) -> dict:
