@@ -112,9 +112,9 @@ def card(device: str, *, size: int) -> dict:
     one = torch.empty(size * size * 8, dtype=torch.bfloat16, device=device)
     two = torch.empty_like(one)
 
-    def seconds(run, repeats: int = 20) -> float:
+    def seconds(run, repeats: int = 100 if device == "cuda" else 10) -> float:
         meter = Meter(device)
-        for _ in range(5):
+        for _ in range(repeats):  # clocks rise from idle meanwhile
             run()
         meter.start()
         for _ in range(repeats):

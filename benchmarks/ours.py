@@ -60,7 +60,11 @@ def run(case: Case, folder: Path, device: str, peak_flops: float, *, profile: Pa
         from . import trace
 
         found["parts_ms"] = trace.profile(
-            lambda: step(case, trainer, steps[total]), case=case, device=device, path=profile
+            lambda: step(case, trainer, steps[total]),
+            case=case,
+            device=device,
+            path=profile,
+            step_ms=found["ms_a_step"],
         )
     value = float(loss)
     assert math.isfinite(value), f"the loss is {value}"

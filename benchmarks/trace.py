@@ -25,23 +25,34 @@ _DEQUANTISE = re.compile(r"dequant|nf4|kdequantize", re.I)
 _ATTENTION = re.compile(r"flash|fmha|attention|varlen", re.I)
 _HEAD = re.compile(r"frozenhead|adaptedhead|target_?log_?prob|cross_entropy|softmax|logsumexp|head", re.I)
 _GEMM = re.compile(r"gemm|cutlass|cublas|nvjet|xmma|wgmma|splitk|matmul", re.I)
+_PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::_scaled_mm": 0}  # where the two matrices stand
 TOP = 40
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch on the device: times in microseconds, and the names and input sizes of the operations it came from."""
+    """One launch on the device, in microseconds, and the operations it came from.
+
+    Attributes:
+        callers: names of the operations around the launch, outermost first. sizes: every dimension of their inputs.
+        product: (M, K, N) of the matrix product it computes, where it is one of torch's.
+    """
 
     name: str
     start: float
-    seconds_us: float
+    duration: float
     category: str
     callers: tuple[str, ...]
     sizes: frozenset[int]
+    product: tuple[int, int, int] | None
 
 
-def profile(run: Callable[[], Any], *, case: Case, device: str, path: Path) -> dict[str, float]:
-    """Run one step under the profiler, append the report to `path`, return milliseconds by part."""
+def profile(run: Callable[[], Any], *, case: Case, device: str, path: Path, step_ms: float) -> dict[str, float]:
+    """Run one step under the profiler, append the report to `path`, return milliseconds by part.
+
+    Args:
+        step_ms: of a step without the profiler, which slows the host down.
+    """
     import torch
     from torch.profiler import ProfilerActivity
 
@@ -58,7 +69,8 @@ def profile(run: Callable[[], Any], *, case: Case, device: str, path: Path) -> d
     vocab = work.MODELS[case.model]["config"]["vocab_size"]
     parts = by_part(found, vocab=vocab)
     with path.open("a", encoding="utf-8") as out:
-        out.write(report(case.name, case.model, found, parts, vocab=vocab))
+        title = f"{case.name}, {case.model}: a step takes {step_ms:.2f} ms without the profiler"
+        out.write(report(title, found, parts, vocab=vocab, host=host_times(events)))
     return parts
 
 
@@ -95,11 +107,21 @@ def _kernel(event: dict, callers: Iterable[dict]) -> Kernel:
     return Kernel(
         name=event["name"],
         start=float(event["ts"]),
-        seconds_us=float(event.get("dur", 0.0)),
+        duration=float(event.get("dur", 0.0)),
         category=event["cat"],
         callers=tuple(e["name"] for e in callers),
         sizes=frozenset(_numbers(shapes)),
+        product=_product([*callers, event]),
     )
+
+
+def _product(chain: Sequence[dict]) -> tuple[int, int, int] | None:
+    """Dimensions of the innermost matrix product of a chain of operations."""
+    for event in reversed(chain):
+        if event["name"] in _PRODUCTS:
+            a, b = event.get("args", {}).get("Input Dims", [])[_PRODUCTS[event["name"]] :][:2]
+            return int(a[-2]), int(a[-1]), int(b[-1])
+    return None
 
 
 def _numbers(value: Any) -> Iterable[int]:
@@ -162,19 +184,17 @@ def part(kernel: Kernel, *, vocab: int) -> str:
         return "head"
     if kernel.category in ("gpu_memcpy", "gpu_memset"):
         return "copies"
-    if _GEMM.search(kernel.name) or any(name in ("aten::mm", "aten::addmm", "aten::bmm") for name in kernel.callers):
-        return "gemm"
-    return "elementwise" if kernel.name not in ("aten::mm", "aten::addmm", "aten::bmm") else "gemm"
+    return "gemm" if kernel.product is not None or _GEMM.search(kernel.name) else "elementwise"
 
 
 def by_part(found: Sequence[Kernel], *, vocab: int) -> dict[str, float]:
     """Milliseconds of each part, of the device's busy and idle time between the first launch and the last."""
     out = dict.fromkeys(PARTS, 0.0)
     for kernel in found:
-        out[part(kernel, vocab=vocab)] += kernel.seconds_us / 1e3
+        out[part(kernel, vocab=vocab)] += kernel.duration / 1e3
     busy, last = 0.0, float("-inf")
     for kernel in sorted(found, key=lambda k: k.start):
-        end = kernel.start + kernel.seconds_us
+        end = kernel.start + kernel.duration
         busy += max(0.0, end - max(kernel.start, last))
         last = max(last, end)
     span = last - min((k.start for k in found), default=last)
@@ -183,19 +203,35 @@ def by_part(found: Sequence[Kernel], *, vocab: int) -> dict[str, float]:
     }
 
 
-def report(name: str, model: str, found: Sequence[Kernel], parts: dict[str, float], *, vocab: int) -> str:
-    """A part-by-part line and the kernels that take the most time, with how often they ran."""
+def host_times(events: Sequence[dict]) -> dict[str, float]:
+    """Milliseconds that the calls took on the host, by name, under the profiler."""
+    out: dict[str, float] = defaultdict(float)
+    for event in events:
+        if event.get("cat") == "user_annotation" and event["name"] in ("forward_backward", "optim_step"):
+            out[event["name"]] += float(event.get("dur", 0.0)) / 1e3
+    return dict(out)
+
+
+def report(title: str, found: Sequence[Kernel], parts: dict[str, float], *, vocab: int, host: dict[str, float]) -> str:
+    """Milliseconds by part, then the kernels that take the most time: how often, and at what matrix rate."""
     span = parts["span"] or 1.0
     line = "  ".join(f"{key} {value:.2f} ({value / span:.0%})" for key, value in parts.items() if key != "span")
-    table: dict[tuple[str, str], list[float]] = defaultdict(list)
+    table: dict[tuple[str, str, tuple | None], list[float]] = defaultdict(list)
     for kernel in found:
-        table[part(kernel, vocab=vocab), kernel.name].append(kernel.seconds_us)
-    rows = sorted(table.items(), key=lambda row: -sum(row[1]))
-    out = [f"== {name}, {model}: one step of {span:.2f} ms, {len(found)} launches", line, ""]
-    out.append(f"{'ms':>9} {'share':>6} {'count':>6} {'mean us':>9}  part         kernel")
-    for (where, kernel), times in rows[:TOP]:
-        total = sum(times) / 1e3
+        table[part(kernel, vocab=vocab), kernel.name, kernel.product].append(kernel.duration)
+    out = [f"== {title}", f"device, {span:.2f} ms with it, {len(found)} launches: {line}"]
+    out.append("host: " + "  ".join(f"{name} {value:.2f}" for name, value in host.items()) + " ms")
+    out.append(
+        f"{'ms':>9} {'share':>6} {'count':>6} {'mean us':>9} {'TFLOP/s':>8}  part         kernel, product M x K x N"
+    )
+    for (where, name, product), times in sorted(table.items(), key=lambda row: -sum(row[1]))[:TOP]:
+        total = sum(times)
+        rate, shape = "", ""
+        if product is not None:
+            rate = f"{2 * product[0] * product[1] * product[2] * len(times) / max(total, 1e-3) / 1e6:.0f}"
+            shape = "  " + " x ".join(map(str, product))
         out.append(
-            f"{total:9.3f} {total / span:6.1%} {len(times):6d} {sum(times) / len(times):9.1f}  {where:<12} {kernel[:150]}"
+            f"{total / 1e3:9.3f} {total / 1e3 / span:6.1%} {len(times):6d} {total / len(times):9.1f} {rate:>8}  "
+            f"{where:<12} {name[:120]}{shape}"
         )
     return "\n".join(out) + "\n\n"

@@ -58,8 +58,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             failed = _run(options, options.out or Path(folder), Path(folder))
         sys.exit(f"{failed} of the cases failed" if failed else 0)
-    models = options.models or (Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir()))
-    _run(options, options.out, models / f"local-tinker-train-{os.getuid()}")
+    _run(options, options.out, options.models)
     return None
 
 
@@ -75,7 +74,11 @@ def _arguments() -> argparse.Namespace:
     add("--profile", action="store_true", help="also profile one step of each of our cases, into profile.txt")
     add("--out", type=Path, help="where results are written; default: benchmarks/results, and nowhere with --tiny")
     add("--name", help="of the result files; default: train_ and the card")
-    add("--models", type=Path, help="where the random models are put, /dev/shm by default; removed when done with")
+    add(
+        "--models",
+        type=Path,
+        help="where the random models are put; default: /dev/shm or the temporary files; removed when done with",
+    )
     add("--keep-models", action="store_true")
     add("--unsloth-site", type=Path, help="site-packages folder for Unsloth's cases, where its pins differ")
     add("--tiny", action="store_true", help="a small model on the CPU; fails when a case does")
@@ -109,7 +112,16 @@ def _list() -> None:
 # -- the run -------------------------------------------------------------------------------------------------------------
 
 
-def _run(options: argparse.Namespace, out: Path, models: Path) -> int:
+def _place(model: str, models: Path | None) -> Path:
+    """Where a model's weights go: in memory where they fit with room to spare, else on the disk of temporary files."""
+    if models is None:
+        size, memory = 2 * work.dims(model).params, Path("/dev/shm")
+        fits = memory.is_dir() and shutil.disk_usage(memory).free > 1.5 * size
+        models = (memory if fits else Path(tempfile.gettempdir())) / f"local-tinker-train-{os.getuid()}"
+    return models / model
+
+
+def _run(options: argparse.Namespace, out: Path, models: Path | None) -> int:
     """All cases, model by model; returns how many failed."""
     end = time.monotonic() + options.budget
     device = "cpu" if options.tiny or report.machine()["kind"] == "cpu" else "cuda"
@@ -131,7 +143,7 @@ def _run(options: argparse.Namespace, out: Path, models: Path) -> int:
     card: dict = {}
     results: list[dict] = []
     for model in dict.fromkeys(case.model for case in todo):
-        folder = models / model
+        folder = _place(model, models)
         size = None if card else 256 if options.tiny else 8192
         job = {"job": "model", "model": model, "folder": str(folder), "device": device, "measure": size}
         made = _spawn(job, min(240, end - time.monotonic()), out)

@@ -92,7 +92,7 @@ def quantised(case: Case, folder, device: str, attention: str) -> Any:
         folder,
         dtype=torch.bfloat16,
         quantization_config=config if case.q4 else None,
-        device_map={"": device},
+        device_map={"": 0 if device == "cuda" else device},
         attn_implementation=attention,
         local_files_only=True,
     )

@@ -157,7 +157,11 @@ def test_kernels_go_to_the_part_that_launched_them():
         "host_gap": 113 - 90,
         "span": 113,
     }
-    assert "nvjet_tst_128x256" in trace.report("ours", "tiny", found, parts, vocab=512)
+    host = trace.host_times(events)
+    assert host == {"forward_backward": 0.1, "optim_step": 0.01}
+    text = trace.report("ours", found, parts, vocab=512, host=host)
+    rate = 2 * 64 * 128 * 256 / 40e-6 / 1e12
+    assert f"{rate:.0f}  gemm         nvjet_tst_128x256  64 x 128 x 256" in text
 
 
 def test_the_tiny_run_measures_both_sides_on_the_same_documents_and_outlives_a_failing_case(tmp_path):
