@@ -1,12 +1,14 @@
 """Where a step's device time goes: one step under torch's profiler, its kernels by name and by part.
 
-A kernel belongs to the part that its name says, or the CPU operations it was launched from: those are the intervals that
-hold its launch in the profiler's trace.
+A kernel of ours belongs to the module of `local_tinker.model.kernels` that defines it. Others belong to what their name
+says, or the CPU operations they were launched from: those are the intervals that hold their launch in the profiler's trace.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import re
 import tempfile
 from bisect import bisect_right
@@ -20,10 +22,11 @@ from . import work
 from .work import Case
 
 PARTS = ("gemm", "attention", "head", "elementwise", "dequantise", "optimiser", "copies")
+ROOMS = {"nf4": "dequantise"}  # modules of kernels whose part has another name
 DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
-_DEQUANTISE = re.compile(r"dequant|nf4|kdequantize", re.I)
+_DEQUANTISE = re.compile(r"dequant|nf4", re.I)
 _ATTENTION = re.compile(r"flash|fmha|attention|varlen", re.I)
-_HEAD = re.compile(r"frozenhead|adaptedhead|target_?log_?prob|cross_entropy|softmax|logsumexp|head", re.I)
+_HEAD = re.compile(r"frozenhead|adaptedhead|logprob|cross_?entropy|softmax|logsumexp", re.I)
 _GEMM = re.compile(r"gemm|cutlass|cublas|nvjet|xmma|wgmma|splitk|matmul", re.I)
 _PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::_scaled_mm": 0}  # where the two matrices stand
 TOP = 40
@@ -67,11 +70,26 @@ def profile(run: Callable[[], Any], *, case: Case, device: str, path: Path, step
         events = json.loads(file.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
     found = kernels(events) if device == "cuda" else operations(events)
     vocab = work.MODELS[case.model]["config"]["vocab_size"]
-    parts = by_part(found, vocab=vocab)
+    own = own_kernels()
+    parts = by_part(found, vocab=vocab, own=own)
     with path.open("a", encoding="utf-8") as out:
         title = f"{case.name}, {case.model}: a step takes {step_ms:.2f} ms without the profiler"
-        out.write(report(title, found, parts, vocab=vocab, host=host_times(events)))
+        out.write(report(title, found, parts, vocab=vocab, own=own, host=host_times(events)))
     return parts
+
+
+def own_kernels() -> dict[str, str]:
+    """Our Triton kernels: name -> the part that the module defining it is for."""
+    from local_tinker.model import kernels as rooms
+
+    out = {}
+    for found in pkgutil.iter_modules(rooms.__path__):
+        module = importlib.import_module(f"{rooms.__name__}.{found.name}")
+        for name, value in vars(module).items():
+            # a kernel is an object of triton's around the function written here
+            if hasattr(value, "fn") and getattr(value, "__module__", None) == module.__name__:
+                out[name] = ROOMS.get(found.name, found.name)
+    return out
 
 
 def kernels(events: Sequence[dict]) -> list[Kernel]:
@@ -172,26 +190,28 @@ def _end(event: dict) -> float:
     return float(event["ts"]) + float(event.get("dur", 0.0))
 
 
-def part(kernel: Kernel, *, vocab: int) -> str:
+def part(kernel: Kernel, *, vocab: int, own: dict[str, str]) -> str:
     """Names decide before callers do, since a dequantisation may be launched from anywhere."""
+    names = (kernel.name, *kernel.callers)
     if "optim_step" in kernel.callers:
         return "optimiser"
-    if _DEQUANTISE.search(kernel.name) or any(_DEQUANTISE.search(name) for name in kernel.callers):
-        return "dequantise"
-    if _ATTENTION.search(kernel.name) or any(_ATTENTION.search(name) for name in kernel.callers):
-        return "attention"
-    if vocab in kernel.sizes or _HEAD.search(kernel.name) or any(_HEAD.search(name) for name in kernel.callers):
+    if kernel.name in own:
+        return own[kernel.name]
+    for where, pattern in (("dequantise", _DEQUANTISE), ("attention", _ATTENTION)):
+        if any(pattern.search(name) for name in names):
+            return where
+    if any(_HEAD.search(name) for name in names) or (vocab in kernel.sizes and "aten::embedding" not in names):
         return "head"
     if kernel.category in ("gpu_memcpy", "gpu_memset"):
         return "copies"
     return "gemm" if kernel.product is not None or _GEMM.search(kernel.name) else "elementwise"
 
 
-def by_part(found: Sequence[Kernel], *, vocab: int) -> dict[str, float]:
+def by_part(found: Sequence[Kernel], *, vocab: int, own: dict[str, str]) -> dict[str, float]:
     """Milliseconds of each part, of the device's busy and idle time between the first launch and the last."""
-    out = dict.fromkeys(PARTS, 0.0)
+    out = defaultdict(float, dict.fromkeys(PARTS, 0.0))
     for kernel in found:
-        out[part(kernel, vocab=vocab)] += kernel.duration / 1e3
+        out[part(kernel, vocab=vocab, own=own)] += kernel.duration / 1e3
     busy, last = 0.0, float("-inf")
     for kernel in sorted(found, key=lambda k: k.start):
         end = kernel.start + kernel.duration
@@ -212,13 +232,21 @@ def host_times(events: Sequence[dict]) -> dict[str, float]:
     return dict(out)
 
 
-def report(title: str, found: Sequence[Kernel], parts: dict[str, float], *, vocab: int, host: dict[str, float]) -> str:
+def report(
+    title: str,
+    found: Sequence[Kernel],
+    parts: dict[str, float],
+    *,
+    vocab: int,
+    own: dict[str, str],
+    host: dict[str, float],
+) -> str:
     """Milliseconds by part, then the kernels that take the most time: how often, and at what matrix rate."""
     span = parts["span"] or 1.0
     line = "  ".join(f"{key} {value:.2f} ({value / span:.0%})" for key, value in parts.items() if key != "span")
     table: dict[tuple[str, str, tuple | None], list[float]] = defaultdict(list)
     for kernel in found:
-        table[part(kernel, vocab=vocab), kernel.name, kernel.product].append(kernel.duration)
+        table[part(kernel, vocab=vocab, own=own), kernel.name, kernel.product].append(kernel.duration)
     out = [f"== {title}", f"device, {span:.2f} ms with it, {len(found)} launches: {line}"]
     out.append("host: " + "  ".join(f"{name} {value:.2f}" for name, value in host.items()) + " ms")
     out.append(

@@ -11,6 +11,8 @@ A case is a side and what it changes: side@key=value@key=value (`--list` names t
 with a time-out; one that fails prints why and the rest go on. Weights are random, documents too: see benchmarks/work.py.
 tok/s counts the documents' tokens. MFU is the FLOPs that training needs, without recomputation, against the rate of a large
 bf16 matrix product measured on this card in this run. Peak is what torch's allocator handed out at most after warming up.
+TRL comes with the extra `test`; glue wants liger-kernel, and Unsloth, whose pins differ, a folder of its own:
+pip install --target DIR/site-packages unsloth trl==1.15.0 'datasets<5', then --unsloth-site DIR/site-packages.
 """
 
 from __future__ import annotations

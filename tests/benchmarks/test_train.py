@@ -140,12 +140,14 @@ def test_kernels_go_to_the_part_that_launched_them():
         *_launched("vectorized_elementwise_kernel", 3, 32, 260, 10),
         *_launched("kDequantizeBlockwise", 4, 40, 270, 5),
         *_launched("flash_fwd_kernel", 5, 45, 290, 10),
-        *_launched("Memcpy HtoD", 6, 50, 300, 2, cat="gpu_memcpy"),
+        *_launched("_rotate_heads", 8, 47, 300, 1),
+        *_launched("Memcpy HtoD", 6, 50, 301, 2, cat="gpu_memcpy"),
         _cpu("optim_step", 110, 10, cat="user_annotation"),
         *_launched("vectorized_elementwise_kernel", 7, 112, 310, 3),
     ]
     found = trace.kernels(events)
-    parts = trace.by_part(found, vocab=512)
+    own = {"_rotate_heads": "rope"}
+    parts = trace.by_part(found, vocab=512, own=own)
     assert {k: round(v * 1000) for k, v in parts.items()} == {
         "gemm": 40,
         "attention": 10,
@@ -154,14 +156,21 @@ def test_kernels_go_to_the_part_that_launched_them():
         "dequantise": 5,
         "optimiser": 3,
         "copies": 2,
-        "host_gap": 113 - 90,
+        "rope": 1,
+        "host_gap": 113 - 91,
         "span": 113,
     }
     host = trace.host_times(events)
     assert host == {"forward_backward": 0.1, "optim_step": 0.01}
-    text = trace.report("ours", found, parts, vocab=512, host=host)
+    text = trace.report("ours", found, parts, vocab=512, own=own, host=host)
     rate = 2 * 64 * 128 * 256 / 40e-6 / 1e12
     assert f"{rate:.0f}  gemm         nvjet_tst_128x256  64 x 128 x 256" in text
+
+
+def test_our_kernels_are_known_by_the_module_that_defines_them():
+    pytest.importorskip("triton")
+    own = trace.own_kernels()
+    assert {"dequantise", "attention", "norm"} <= set(own.values())
 
 
 def test_the_tiny_run_measures_both_sides_on_the_same_documents_and_outlives_a_failing_case(tmp_path):
