@@ -137,8 +137,10 @@ def _product(chain: Sequence[dict]) -> tuple[int, int, int] | None:
     """Dimensions of the innermost matrix product of a chain of operations."""
     for event in reversed(chain):
         if event["name"] in _PRODUCTS:
-            a, b = event.get("args", {}).get("Input Dims", [])[_PRODUCTS[event["name"]] :][:2]
-            return int(a[-2]), int(a[-1]), int(b[-1])
+            matrices = event.get("args", {}).get("Input Dims", [])[_PRODUCTS[event["name"]] :][:2]
+            if [len(dims) >= 2 for dims in matrices] == [True, True]:
+                (*_, rows, inner), (*_, columns) = matrices
+                return rows, inner, columns
     return None
 
 
