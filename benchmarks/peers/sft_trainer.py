@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .. import work
 from ..meter import Meter
 from ..work import Case, Document
 
@@ -98,7 +97,3 @@ def quantised(case: Case, folder, device: str, attention: str) -> Any:
     )
     model.config.use_cache = False
     return model
-
-
-def vocabulary(case: Case) -> int:
-    return work.MODELS[case.model]["config"]["vocab_size"]
