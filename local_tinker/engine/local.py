@@ -36,10 +36,15 @@ class Snapshot:
 
 
 class LocalEngine:
-    """Owns one device. Verbs of several threads take turns; sampling gives way between tokens."""
+    """Owns one device. Verbs of several threads take turns; sampling gives way between tokens.
 
-    def __init__(self, device: str) -> None:
+    Args:
+        plain_road: every model takes the plain road, transformers' own modules, to compare the fast road with.
+    """
+
+    def __init__(self, device: str, *, plain_road: bool = False) -> None:
         self.device = torch.device(device)
+        self._plain_road = plain_road
         self._turn = Turns()
         self._numbers = itertools.count(1)
         self._bases: dict[str, tuple[LoadedModel, BaseInfo]] = {}
@@ -55,7 +60,9 @@ class LocalEngine:
         with self._turn():
             id = f"{path}|{fingerprint(Path(path))[:12]}|{quantize}|{dtype}"
             if id not in self._bases:
-                model = load_model(path, quantize=quantize, dtype=dtype, device=self.device, say=say)
+                model = load_model(
+                    path, quantize=quantize, dtype=dtype, device=self.device, plain_road=self._plain_road, say=say
+                )
                 self._bases[id] = (model, _info(id, name, model, self.device))
             return self._bases[id][1]
 

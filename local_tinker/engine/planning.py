@@ -78,8 +78,11 @@ def _dense_bytes(model: LoadedModel) -> int:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Bytes a new tensor could take: free on the card plus what torch's allocator holds unused."""
+    """Bytes a new tensor could take: free on the card, within the share of it that torch's allocator is held to, plus what
+    that allocator holds unused."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return max(0, min(free, allowed - reserved)) + reserved - torch.cuda.memory_allocated(device)
     return memory()[1]

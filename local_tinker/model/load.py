@@ -132,6 +132,7 @@ def load_model(
     quantize: str | None,
     dtype: str,
     device: str | torch.device,
+    plain_road: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> LoadedModel:
     """Load a model folder, freeze and quantise it, and choose its road.
@@ -140,6 +141,7 @@ def load_model(
         path: a folder with config.json, safetensors weights and tokenizer files.
         quantize: "4bit" (NF4, double quantised), "8bit" (row-wise int8) or None.
         dtype: the compute type, one of `DTYPES`.
+        plain_road: take the plain road whatever the family, to compare the fast road with.
 
     Raises:
         UsageError: unknown quantize or dtype. ModelError: the folder cannot be loaded, with what is wrong.
@@ -171,7 +173,7 @@ def load_model(
     if device.type == "cpu":
         loaded.hold_weights()  # the probes below would dequantise every weight several times, which a CPU does slowly
     _check_head(model, loaded)
-    loaded.fast = _fast_road(model, text_config, loaded)
+    loaded.fast = None if plain_road else _fast_road(model, text_config, loaded)
     if device.type == "cuda" and (reason := fault("cuda")) is not None:
         loaded.said.append(f"fused kernels are off and plain torch runs instead: {reason}")
     loaded.release_weights()

@@ -39,3 +39,12 @@ def test_dimensions_of_a_loaded_model_are_those_of_its_tensors(model):
     dims = model.dims
     assert dims.linear_params == sum(p.in_features * p.out_features for p in model.projections.values())
     assert dims.vocab == model.head.weight.shape[0] and model.dtype == torch.bfloat16
+
+
+def test_free_memory_is_what_the_card_has_within_the_share_the_allocator_is_held_to(monkeypatch):
+    card = {"mem_get_info": (70, 100), "memory_reserved": 8, "memory_allocated": 5}
+    for name, value in card.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    for share, free in ((1.0, 70 + 3), (0.5, 42 + 3), (0.05, 3)):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, share=share: share)
+        assert planning._free_bytes(torch.device("cuda")) == free
