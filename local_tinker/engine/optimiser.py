@@ -5,7 +5,7 @@ Shapes: P parameters of an adapter (or of a value head).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -167,8 +167,11 @@ class FlatAdamW:
             self._written = None
 
     @torch.no_grad()
-    def step(self, window: GradientWindow, params: AdamParams, *, factor: Tensor | None, bad: Tensor) -> None:
-        """One AdamW step with the window's gradient times `factor`. All that is allocated comes before the first change.
+    def prepare(
+        self, window: GradientWindow, params: AdamParams, *, factor: Tensor | None, bad: Tensor
+    ) -> Callable[[], Tensor]:
+        """An AdamW step with the window's gradient times `factor`: everything is allocated here; the function returned
+        applies it, allocating nothing, and gives the new count.
 
         Args:
             factor: of clipping, on the device; None for none.
@@ -177,17 +180,23 @@ class FlatAdamW:
         count = self.count + 1
         after = count - bad
         lanes = self._lanes()
-        for i, start in enumerate(range(0, self.master.numel(), MOMENT_SLICE)):
-            part, lane = slice(start, start + MOMENT_SLICE), lanes[i % len(lanes)]
-            with lane.running():
-                m, v = lane.bring(self._m[part], self._v[part])
-                gradient = window.gradient(part, out=lane.gradient[: m.numel()])
-                if factor is not None:
-                    gradient.mul_(factor)
-                _adamw(self.master[part], gradient, m, v, count, params, bad)
-                lane.take_back(m, v, self._m[part], self._v[part])
-        self._written = _join(lanes)
-        self.count.copy_(after)
+
+        @torch.no_grad()
+        def apply() -> Tensor:
+            for i, start in enumerate(range(0, self.master.numel(), MOMENT_SLICE)):
+                part, lane = slice(start, start + MOMENT_SLICE), lanes[i % len(lanes)]
+                with lane.running():
+                    m, v = lane.bring(self._m[part], self._v[part])
+                    gradient = window.gradient(part, out=lane.gradient[: m.numel()])
+                    if factor is not None:
+                        gradient.mul_(factor)
+                    _adamw(self.master[part], gradient, m, v, count, params, bad)
+                    lane.take_back(m, v, self._m[part], self._v[part])
+            self._written = _join(lanes)
+            self.count.copy_(after)
+            return after
+
+        return apply
 
     def _lanes(self) -> list[_Lane]:
         size, make = min(MOMENT_SLICE, self.master.numel()), self.master.new_empty

@@ -61,7 +61,14 @@ class Budget:
         if limit is None:
             return None
         settings = replace(self.settings, fewer=True)
-        return replace(self, settings=settings, limit=limit, choice=_choose(self.dims, settings, limit))
+        choice = _choose(self.dims, settings, limit)
+        # What would have to be allocated first is not part of a way out.
+        choice = replace(
+            choice,
+            resident_layers=min(choice.resident_layers, self.choice.resident_layers),
+            parked_moments=choice.parked_moments or self.choice.parked_moments,
+        )
+        return replace(self, settings=settings, limit=limit, choice=choice)
 
     def describe(self) -> str:
         return describe(self.choice, quantized=self.settings.quantize != "none")

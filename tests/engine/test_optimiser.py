@@ -11,7 +11,7 @@ def step(optimiser, gradient, params):
     window.buffer("sft").copy_(gradient)
     window.add_weight("sft", 1.0)
     factor, norm, bad = clip([window.norm()], params.grad_clip_norm)
-    optimiser.step(window, params, factor=factor, bad=bad)
+    optimiser.prepare(window, params, factor=factor, bad=bad)()
     assert torch.equal(window.buffer("sft"), gradient) or not torch.isfinite(norm)
     return norm, bad
 
