@@ -23,8 +23,8 @@ KINDS = ("cuda", "cpu")
 
 # Fitted to measurement by benchmarks/memory_plan.py. What cuBLAS and the kernels hold for themselves, with what many
 # small tensors round up to; and what the driver and the libraries take before anything is loaded.
-WORKSPACE = {"cuda": 64 * MIB, "cpu": 64 * MIB}
-CONTEXT = {"cuda": 512 * MIB, "cpu": 448 * MIB}
+WORKSPACE = {"cuda": 64 * MIB, "cpu": 8 * MIB}
+CONTEXT = {"cuda": 512 * MIB, "cpu": 512 * MIB}
 
 TILED = ("layer", "offload")  # levels at which the MLP is computed in tiles of rows
 TILE = 8192
@@ -32,7 +32,7 @@ NORM_AFTER = frozenset({"gemma2", "gemma3_text", "olmo2"})  # a norm follows eac
 PLAIN_KEEPS = (
     2  # times what our layer keeps, in transformers' modules under PEFT (1.94 on a 3B, 1.98 on a 7B, measured)
 )
-HEAD_LOGIT_BYTES = {"cuda": 6, "cpu": 12}  # fp32 logits and their bf16 gradient; plain torch holds three fp32 copies
+HEAD_LOGIT_BYTES = {"cuda": 4, "cpu": 24}  # fp32 logits, their gradient written over them; plain torch makes six copies
 MOMENT_SLICE = 2**22  # parameters the optimiser works on at a time; parked moments pass through the card in such slices
 # NF4 with double quantisation: half a byte, one byte of absmax a 64-block, four bytes a 256 of those
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -117,10 +117,10 @@ def cache_bytes(dims: ModelDims, rows: int, tokens: int, *, compute_bytes: int =
 
 
 def wide_bytes(dims: ModelDims, settings: TrainSettings, *names: str) -> int:
-    """Projections dequantised as the matrix products read them: (O, I) with the adapter's R columns beside, in groups."""
-    members = len(names) if names[0] != "down_proj" else 1
+    """A group's weights dequantised as its product reads them, with the adapter's columns (or rows, of one member) beside."""
     shapes = [dims.projections[name] for name in names]
-    return settings.compute_bytes * sum(o * (i + members * settings.rank) for i, o in shapes)
+    room = settings.rank * (shapes[0][0] if len(shapes) == 1 else len(shapes) * sum(o for _, o in shapes))
+    return settings.compute_bytes * (sum(i * o for i, o in shapes) + room)
 
 
 def layer_wide_bytes(dims: ModelDims, settings: TrainSettings) -> int:
@@ -146,28 +146,29 @@ def saved_bytes(dims: ModelDims, settings: TrainSettings, level: str) -> int:
 def live_bytes(dims: ModelDims, settings: TrainSettings, level: str, tokens: int) -> int:
     """What the backward pass of one layer holds beside the kept activations: the deeper of its two halves.
 
-    The MLP comes first: the gradients of its output and input stand whole; its normed input, gate and up (overwritten by
-    their gradients) and the gradient of act(gate) * up exist a tile of rows at a time where the level is tiled.
+    Whole all the time are the gradient of the residual, with R columns of room, and that of the final hidden states. The
+    MLP comes first, a tile of rows at a time where the level is tiled; gate and up are overwritten by their gradients.
     """
-    c, h, f = settings.compute_bytes, dims.hidden, dims.intermediate
-    q, qkv = dims.query, dims.query + 2 * dims.key
+    c, r, h, f = settings.compute_bytes, settings.rank, dims.hidden, dims.intermediate
+    q, qkv, tiled = dims.query, dims.query + 2 * dims.key, level in TILED
     if settings.plain:  # autograd keeps the recomputed layer as it would have kept it before
         again = 0 if level == "norms" else saved_bytes(dims, settings, "norms")
         return tokens * (again + c * (4 * h + 3 * f))
-    tile = min(tokens, TILE) if level in TILED else tokens
-    rebuilt = qkv + q + h if level in TILED else 0  # the attention half of a layer that kept its input alone
-    fetched = 2 * h if level == "offload" else 0  # this layer's input and the next one on its way
-    gate_up = 0 if level == "norms" else 2 * f
-    mlp = tokens * (2 * h + rebuilt) + tile * (h + 2 * settings.rank + gate_up + f)
-    # Attention: gate and up are gone. dh, d(out), dq dk dv; flash's fp32 dq and, with fewer key heads, its dk and dv
-    # for every query head; later x, d(qkv) in one piece and dx instead.
+    tile = min(tokens, TILE) if tiled else tokens
+    whole = 2 * h + r + (h + r if dims.model_type in NORM_AFTER else 0)
+    whole += 3 * h if level == "offload" else 0  # this layer's input, the next one on its way, the embedded tokens
+    rebuilt = qkv + q + 4 * r if tiled else 0  # of the attention half
+    # normed input and gate and up if they were not kept; then the gradient of act(gate) * up; then that of the input
+    mlp = (0 if level == "norms" else 2 * f) + max(f, h + 2 * r) + (h if tiled else 0)
+    # d(out); flash's dq, dk, dv, its fp32 dq and, with fewer key heads, dk and dv for every query head; then d(qkv) in
+    # one piece beside dq, dk, dv; then d(qkv) and the gradient of the input. Gate and up are gone.
     expanded = 2 * q if dims.kv_heads != dims.heads else 0
-    rebuilt_attention = rebuilt + (qkv if level == "attention_mlp" else 0)
-    flash = q + qkv + expanded + (4 * q) // c
-    project = 2 * qkv + 2 * h + 3 * settings.rank
+    attention = max(q + qkv + max(expanded + 4 * q // c, qkv), qkv + h + 3 * r)
+    attention += qkv if level == "attention_mlp" else 0
+    attention += qkv if dims.model_type in HEAD_NORM else 0
     gone = 2 * f if level == "norms" else 0
-    attention = tokens * (h + rebuilt_attention + max(flash, project) - gone)
-    return c * (tokens * fetched + max(mlp, attention))
+    halves = tokens * (rebuilt + (h + r if tiled else 0)) + tile * mlp, tokens * (rebuilt + attention - gone)
+    return c * (tokens * whole + max(halves))
 
 
 def standing_parts(dims: ModelDims, settings: TrainSettings, choice: Choice) -> dict[str, int]:
@@ -177,11 +178,14 @@ def standing_parts(dims: ModelDims, settings: TrainSettings, choice: Choice) -> 
     # CPUs have no bf16 product with fp32 output, so the head is widened there
     widened = 4 * dims.vocab * dims.hidden if settings.kind == "cpu" and c == 2 else 0
     scratch = 0
-    if choice.resident_layers < dims.layers:  # two groups in flight
-        scratch = wide_bytes(dims, settings, "gate_proj", "up_proj") + wide_bytes(dims, settings, "down_proj")
+    if settings.quantize != "none" and choice.resident_layers < dims.layers:  # one group at a time
+        scratch = wide_bytes(dims, settings, "gate_proj", "up_proj")
+    beside = 0  # an unquantised base lies as its products read it, always
+    if settings.quantize == "none":
+        beside = dims.layers * layer_wide_bytes(dims, settings) - c * dims.linear_params
     context = 0 if settings.started else CONTEXT[settings.kind]
     return {
-        "base weights": base_bytes(dims, settings.quantize, compute_bytes=c),
+        "base weights": base_bytes(dims, settings.quantize, compute_bytes=c) + beside,
         "embeddings and head": c * dims.embedding_params + widened,
         "adapter": (wide + (c if c < 4 else 0)) * p,
         "adapter gradient": wide * p,
