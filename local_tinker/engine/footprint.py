@@ -29,10 +29,11 @@ CONTEXT = {"cuda": 512 * MIB, "cpu": 512 * MIB}
 TILED = ("layer", "offload")  # levels at which the MLP is computed in tiles of rows
 TILE = 8192
 NORM_AFTER = frozenset({"gemma2", "gemma3_text", "olmo2"})  # a norm follows each block, which must keep its output
-PLAIN_KEEPS = (
-    2  # times what our layer keeps, in transformers' modules under PEFT (1.94 on a 3B, 1.98 on a 7B, measured)
-)
-HEAD_LOGIT_BYTES = {"cuda": 4, "cpu": 24}  # fp32 logits, their gradient written over them; plain torch makes six copies
+HEAD_NORM = frozenset({"qwen3", "gemma3_text", "olmo2"})  # q and k are normed: raw and rotated exist side by side
+# times what our layer keeps, in transformers' modules under PEFT: 1.94 on a 3B, 1.98 on a 7B, measured
+PLAIN_KEEPS = 2
+# fp32 logits, their gradient written over them; plain torch makes six copies
+HEAD_LOGIT_BYTES = {"cuda": 4, "cpu": 24}
 MOMENT_SLICE = 2**22  # parameters the optimiser works on at a time; parked moments pass through the card in such slices
 # NF4 with double quantisation: half a byte, one byte of absmax a 64-block, four bytes a 256 of those
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)

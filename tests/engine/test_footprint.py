@@ -60,26 +60,31 @@ def test_saved_bytes_of_a_small_layer_worked_by_hand():
 
 
 def test_live_bytes_of_a_small_layer_worked_by_hand():
-    # norms: the MLP's backward has dy, dx and x of 8 and d(act(gate) up) of 16 = 40; attention has
-    # dh 8 and the larger of [d(out) 8 + dq dk dv 16 + expanded dk dv 16 + fp32 dq 16] and [2 x 16 + 16], less gate and up 32
-    assert live_bytes(TINY, PLAIN, "norms", 10) == 2 * 10 * 40
-    # mlp: gate and up are there again, 40 + 32 = 72, attention 8 + 56 = 64
-    assert live_bytes(TINY, PLAIN, "mlp", 10) == 2 * 10 * 72
-    # attention_mlp: attention has its qkv again, 64 + 16 = 80
-    assert live_bytes(TINY, PLAIN, "attention_mlp", 10) == 2 * 10 * 80
-    # layer: qkv, out and h2 (32) are there in both halves: 72 + 32 and 64 + 32
-    assert live_bytes(TINY, PLAIN, "layer", 10) == 2 * 10 * 104
-    assert live_bytes(TINY, PLAIN, "offload", 10) == 2 * 10 * (104 + 16)
+    # whole: the residual's gradient and the final hidden states', 8 each. norms: the MLP's backward holds the gradient of
+    # act(gate) up, 16; attention d(out) 8 + dq dk dv 16 + expanded dk dv 16 + fp32 dq 16 = 56, less gate and up 32
+    assert live_bytes(TINY, PLAIN, "norms", 10) == 2 * 10 * (16 + 24)
+    # mlp: gate and up are there again, 32 + 16 = 48; attention 56
+    assert live_bytes(TINY, PLAIN, "mlp", 10) == 2 * 10 * (16 + 56)
+    # attention_mlp: attention has its qkv again
+    assert live_bytes(TINY, PLAIN, "attention_mlp", 10) == 2 * 10 * (16 + 72)
+    # layer: qkv 16 and out 8 are there in both halves; in the MLP's also its input before the sum and h2, 48 + 8 + 8
+    assert live_bytes(TINY, PLAIN, "layer", 10) == 2 * 10 * (16 + 24 + 64)
+    # offload: this layer's input, the next one's and the embedded tokens, 8 each
+    assert live_bytes(TINY, PLAIN, "offload", 10) == 2 * 10 * (16 + 24 + 64 + 24)
+    # normed heads: raw and rotated qkv side by side
+    assert live_bytes(replace(TINY, model_type="qwen3"), PLAIN, "mlp", 10) == 2 * 10 * (16 + 56 + 16)
+    # equal heads need no expanded dk, dv: qkv 24, d(out) 8 + max(fp32 dq 16, d(qkv) 24) + 24
+    assert live_bytes(replace(TINY, kv_heads=2), PLAIN, "mlp", 10) == 2 * 10 * (16 + 56)
 
 
 def test_tiles_bound_the_mlp_of_a_long_document():
-    # beyond a tile of 8,192 rows only dy, dx, qkv, out and h2 grow in the MLP (48 wide); attention grows whole (96 wide)
+    # beyond a tile of 8,192 rows only the gradients, qkv, out and the MLP's input grow (48 wide)
     wide_mlp = replace(TINY, intermediate=1024)
     assert live_bytes(wide_mlp, PLAIN, "layer", 8192) == 2 * 8192 * (16 + 32 + 8 + 3 * 1024)
     grown = live_bytes(wide_mlp, PLAIN, "layer", 16384) - live_bytes(wide_mlp, PLAIN, "layer", 8192)
     assert grown == 2 * 8192 * 48
     grown = live_bytes(wide_mlp, PLAIN, "mlp", 16384) - live_bytes(wide_mlp, PLAIN, "mlp", 8192)
-    assert grown == 2 * 8192 * (16 + 8 + 3 * 1024)
+    assert grown == 2 * 8192 * (16 + 3 * 1024)
 
 
 def test_the_peak_is_the_deepest_moment_and_mixed_levels_are_seen_at_both_ends():
@@ -91,7 +96,7 @@ def test_the_peak_is_the_deepest_moment_and_mixed_levels_are_seen_at_both_ends()
     # the last layer's backward beside both layers' activations, the first one's beside its own, or the loss head
     last = angles + n * (one + two) + live_bytes(dims, settings, "norms", n)
     first = angles + n * one + live_bytes(dims, settings, "layer", n)
-    head = angles + n * (one + two) + 256 * 128256 * 6 + 3 * n * 2 * 3072
+    head = angles + n * (one + two) + 256 * 128256 * 4 + 3 * n * 2 * 3072
     assert sum(deepest_moment(dims, settings, mixed).values()) == max(last, first, head) == head
     small_head = replace(dims, vocab=1000)
     found = deepest_moment(small_head, settings, mixed)
@@ -142,14 +147,17 @@ def test_adapter_parts_of_the_3b_at_rank_32():
 
 
 def test_weights_are_dequantised_as_the_products_read_them():
-    # gate and up (2 x 8,192 rows of 3,072 and 2 x 32 adapter columns) and down (3,072 rows of 8,192 + 32), two bytes
-    gate_up, down = 2 * 2 * 8192 * (3072 + 64), 2 * 3072 * (8192 + 32)
+    # gate and up: 2 x 8,192 rows of 3,072 and 2 x 32 adapter columns; down: 3,072 rows and 32 adapter rows of 8,192
+    gate_up, down = 2 * 2 * 8192 * (3072 + 64), 2 * (3072 + 32) * 8192
     parts = training_parts(LLAMA_3B, TrainSettings(), choice(LLAMA_3B))
-    assert parts["dequantisation"] == gate_up + down and parts["resident weights"] == 0
-    attention = 2 * 5120 * (3072 + 96) + 2 * 3072 * (3072 + 32)
-    assert layer_wide_bytes(LLAMA_3B, TrainSettings()) == gate_up + down + attention
+    assert parts["dequantisation"] == gate_up and parts["resident weights"] == 0
+    attention = 2 * 5120 * (3072 + 96) + 2 * (3072 + 32) * 3072
+    layer = gate_up + down + attention
+    assert layer_wide_bytes(LLAMA_3B, TrainSettings()) == layer
     every = training_parts(LLAMA_3B, TrainSettings(), choice(LLAMA_3B, resident_layers=28))
-    assert every["dequantisation"] == 0 and every["resident weights"] == 28 * (gate_up + down + attention)
+    assert every["dequantisation"] == 0 and every["resident weights"] == 28 * layer
+    dense = training_parts(LLAMA_3B, TrainSettings(quantize="none"), choice(LLAMA_3B))
+    assert dense["dequantisation"] == 0 and dense["base weights"] == 28 * layer + 2 * LLAMA_3B.small_params
 
 
 def test_fp64_training_holds_fp64_adapters_and_no_second_copy():

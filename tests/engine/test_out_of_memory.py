@@ -11,6 +11,7 @@ from local_tinker.engine import trainer as module
 from local_tinker.engine.footprint import total_bytes
 from local_tinker.engine.out_of_memory import is_out_of_memory, until_it_fits
 from local_tinker.errors import DeviceMemoryError
+from local_tinker.model.layer import DecoderPass
 from tests.test_training import ROWS, client, everything, inner, same  # noqa: F401  (client is a fixture)
 
 # (owner, attribute): the places where a call allocates
@@ -22,7 +23,7 @@ PASS_SITES = {
     "bookkeeping": (module, "record"),
     "gradient buffer": (optimiser.GradientWindow, "buffer"),
     "backup": (optimiser.GradientWindow, "backup"),
-    "backward": (torch.autograd, "grad"),
+    "backward": (DecoderPass, "_layer_backward"),
 }
 STEP_SITES = {
     "norm": (optimiser.GradientWindow, "norm"),

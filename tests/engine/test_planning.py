@@ -51,7 +51,7 @@ def test_the_users_micro_batch_is_taken_as_given(model):
 
 
 def test_a_document_over_the_budget_gets_a_choice_of_its_own_in_the_same_memory(model):
-    budget = budget_of(model, 2 * needed(budget_of(model, 2**40)))
+    budget = budget_of(model, int(1.5 * needed(budget_of(model, 2**40))))
     assert budget.choice_for(100) is budget.choice_for(budget.micro_batch_tokens) is budget.choice
     longer = budget.choice_for(3 * budget.micro_batch_tokens)
     assert longer.tokens == 3 * budget.micro_batch_tokens and set(longer.levels) != {"norms"}
