@@ -161,10 +161,8 @@ def live_bytes(dims: ModelDims, settings: TrainSettings, level: str, tokens: int
     rebuilt = qkv + q + 4 * r if tiled else 0  # of the attention half
     # normed input and gate and up if they were not kept; then the gradient of act(gate) * up; then that of the input
     mlp = (0 if level == "norms" else 2 * f) + max(f, h + 2 * r) + (h if tiled else 0)
-    # d(out); flash's dq, dk, dv, its fp32 dq and, with fewer key heads, dk and dv for every query head; then d(qkv) in
-    # one piece beside dq, dk, dv; then d(qkv) and the gradient of the input. Gate and up are gone.
-    expanded = 2 * q if dims.kv_heads != dims.heads else 0
-    attention = max(q + qkv + max(expanded + 4 * q // c, qkv), qkv + h + 3 * r)
+    # d(out) and d(qkv), then d(qkv) and the gradient of the input. Gate and up are gone.
+    attention = max(q + qkv, qkv + h + 3 * r)
     attention += qkv if level == "attention_mlp" else 0
     attention += qkv if dims.model_type in HEAD_NORM else 0
     gone = 2 * f if level == "norms" else 0

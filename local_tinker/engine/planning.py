@@ -70,6 +70,10 @@ class Budget:
         )
         return replace(self, settings=settings, limit=limit, choice=choice)
 
+    def within(self, limit: int) -> Budget:
+        """The same for another amount of memory, the model's weights included."""
+        return replace(self, limit=limit, choice=_choose(self.dims, self.settings, limit))
+
     def describe(self) -> str:
         return describe(self.choice, quantized=self.settings.quantize != "none")
 

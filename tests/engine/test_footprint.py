@@ -61,20 +61,20 @@ def test_saved_bytes_of_a_small_layer_worked_by_hand():
 
 def test_live_bytes_of_a_small_layer_worked_by_hand():
     # whole: the residual's gradient and the final hidden states', 8 each. norms: the MLP's backward holds the gradient of
-    # act(gate) up, 16; attention d(out) 8 + dq dk dv 16 + expanded dk dv 16 + fp32 dq 16 = 56, less gate and up 32
-    assert live_bytes(TINY, PLAIN, "norms", 10) == 2 * 10 * (16 + 24)
-    # mlp: gate and up are there again, 32 + 16 = 48; attention 56
-    assert live_bytes(TINY, PLAIN, "mlp", 10) == 2 * 10 * (16 + 56)
-    # attention_mlp: attention has its qkv again
-    assert live_bytes(TINY, PLAIN, "attention_mlp", 10) == 2 * 10 * (16 + 72)
+    # act(gate) up, 16; attention d(out) 8 and d(qkv) 16, less gate and up 32
+    assert live_bytes(TINY, PLAIN, "norms", 10) == 2 * 10 * (16 + 16)
+    # mlp: gate and up are there again, 32 + 16 = 48; attention 24
+    assert live_bytes(TINY, PLAIN, "mlp", 10) == 2 * 10 * (16 + 48)
+    # attention_mlp: attention has its qkv again, 40
+    assert live_bytes(TINY, PLAIN, "attention_mlp", 10) == 2 * 10 * (16 + 48)
+    assert live_bytes(replace(TINY, intermediate=8), PLAIN, "attention_mlp", 10) == 2 * 10 * (16 + 40)
     # layer: qkv 16 and out 8 are there in both halves; in the MLP's also its input before the sum and h2, 48 + 8 + 8
     assert live_bytes(TINY, PLAIN, "layer", 10) == 2 * 10 * (16 + 24 + 64)
     # offload: this layer's input, the next one's and the embedded tokens, 8 each
     assert live_bytes(TINY, PLAIN, "offload", 10) == 2 * 10 * (16 + 24 + 64 + 24)
-    # normed heads: raw and rotated qkv side by side
-    assert live_bytes(replace(TINY, model_type="qwen3"), PLAIN, "mlp", 10) == 2 * 10 * (16 + 56 + 16)
-    # equal heads need no expanded dk, dv: qkv 24, d(out) 8 + max(fp32 dq 16, d(qkv) 24) + 24
-    assert live_bytes(replace(TINY, kv_heads=2), PLAIN, "mlp", 10) == 2 * 10 * (16 + 56)
+    # normed heads: raw and rotated qkv side by side, 24 + 16 + 16
+    normed = replace(TINY, model_type="qwen3", intermediate=8)
+    assert live_bytes(normed, PLAIN, "attention_mlp", 10) == 2 * 10 * (16 + 56)
 
 
 def test_tiles_bound_the_mlp_of_a_long_document():
