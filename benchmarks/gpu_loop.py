@@ -35,6 +35,14 @@ SIZES = {
         num_key_value_heads=8,
         head_dim=128,
     ),
+    "llama8b": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
 }
 
 

@@ -100,7 +100,7 @@ class ServiceClient:
         if start is not None:
             _check_base(*start[1:], base, adapter)
             options = _started(options, start[0], engine.linear_paths(base.id))
-        trainer_id = engine.create_trainer(base.id, options, start=None if start is None else start[0])
+        trainer_id = engine.create_trainer(base.id, options, start=None if start is None else start[0], say=self._say)
         return TrainingClient(
             engine,
             base,

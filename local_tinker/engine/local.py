@@ -17,6 +17,7 @@ from ..sampler.decode import Progress, SamplerEngine
 from ..sampler.sequence import Delta, Finished, Request, derive_seed
 from ..types import AdamParams, LossResult, StepResult
 from .base import AdapterOptions, BaseInfo, LossCall, SavedAdapter, Scores, SnapshotInfo, TrainerState, Unit
+from .out_of_memory import until_it_fits
 from .planning import Budget, plan_budget
 from .state import export_state, import_state, require_no_gradients, saved_adapter
 from .step import Weights
@@ -73,15 +74,21 @@ class LocalEngine:
 
     # -- trainers ----------------------------------------------------------------------------------------------------
 
-    def create_trainer(self, base_id: str, options: AdapterOptions, *, start: SavedAdapter | None = None) -> str:
+    def create_trainer(
+        self,
+        base_id: str,
+        options: AdapterOptions,
+        *,
+        start: SavedAdapter | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> str:
         """A fresh adapter, or one continued from saved weights, which then are also the reference of DPO and of KL terms."""
         with self._turn():
             model = self._base(base_id)
             spec = _adapter_spec(model, options, start)
             budget = plan_budget(model, spec, micro_batch_tokens=options.micro_batch_tokens)
-            if budget.hold_weights or model.quantize is None:
-                model.hold_weights(rank=spec.rank)  # a dense base moves into the projections' own layout
-            trainer = Trainer(model, spec, budget)
+            trainer = until_it_fits(lambda: Trainer(model, spec, budget, say=say), step_down=lambda: False)
+            trainer.make_room()
             if start is not None:
                 with torch.no_grad():
                     trainer.adapter.load(trainer.adapter.master, load(start.tensors), what="saved adapter")
