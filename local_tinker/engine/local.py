@@ -17,6 +17,7 @@ from ..sampler.decode import Progress, SamplerEngine
 from ..sampler.sequence import Delta, Finished, Request, derive_seed
 from ..types import AdamParams, LossResult, StepResult
 from .base import AdapterOptions, BaseInfo, LossCall, SavedAdapter, Scores, SnapshotInfo, TrainerState, Unit
+from .device import own
 from .out_of_memory import until_it_fits
 from .planning import Budget, plan_budget
 from .state import export_state, import_state, require_no_gradients, saved_adapter
@@ -44,7 +45,7 @@ class LocalEngine:
     """
 
     def __init__(self, device: str, *, plain_road: bool = False) -> None:
-        self.device = torch.device(device)
+        self.device = own(device)
         self._plain_road = plain_road
         self._turn = Turns()
         self._numbers = itertools.count(1)

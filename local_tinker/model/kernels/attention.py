@@ -158,6 +158,7 @@ def _constants(q: Tensor, k: Tensor, window: int | None, softcap: float | None) 
 
 
 if triton is not None:
+    # N changes with every micro-batch; specialised, its multiples of 16 would be compiled apart in the middle of a run.
 
     @triton.jit
     def _tile(P, at, row_stride, ok, D: tl.constexpr, DB: tl.constexpr):
@@ -212,7 +213,7 @@ if triton is not None:
         acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v)
         return acc, new, total
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def _forward(
         Q, K, V, OUT, LSE, WORK, N, q_row, k_row, v_row, scale, cap,
         HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
@@ -264,7 +265,7 @@ if triton is not None:
         ds = p * (tl.dot(do, tl.trans(v)) - dots[:, None]) * slope
         return dq + tl.dot(ds.to(k.dtype), k)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def _backward_queries(
         Q, K, V, OUT, DO, LSE, DOTS, DQ, WORK, N, q_row, k_row, v_row, do_row, dq_row, scale, cap,
         HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
@@ -342,7 +343,7 @@ if triton is not None:
         dk += tl.dot(ds.to(q.dtype), q)
         return dk, dv
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def _backward_keys(
         Q, K, V, DO, LSE, DOTS, DK, DV, WORK, N, q_row, k_row, v_row, do_row, dk_row, dv_row, scale, cap,
         G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
