@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heapreplace
 
 from ..errors import UsageError
 
 
 def pack(lengths: Sequence[Sequence[int]], *, budget: int) -> list[list[int]]:
-    """Best-fit decreasing: each unit, longest first, into the fullest micro-batch that still holds it.
+    """As few micro-batches as best-fit decreasing finds, filled evenly where that many can be.
+
+    A last micro-batch of a few hundred tokens costs nearly what a full one does, and the fullest sets the memory.
 
     Args:
         lengths: for each unit (datums that must stay together, such as a preference pair) the tokens of its datums.
@@ -21,9 +24,16 @@ def pack(lengths: Sequence[Sequence[int]], *, budget: int) -> list[list[int]]:
     if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
         raise UsageError(f"the token budget must be a whole number >= 1, got {budget!r}")
     sizes = [sum(unit) for unit in lengths]
+    order = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
+    fitted = _best_fit(order, sizes, budget)
+    return _evenly(order, sizes, budget, len(fitted)) or fitted
+
+
+def _best_fit(order: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Each unit into the fullest micro-batch that still holds it."""
     out: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, micro-batch), sorted
-    for unit in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+    for unit in order:
         size = sizes[unit]
         place = bisect_left(room, (size, 0))
         if size > budget or place == len(room):
@@ -36,4 +46,17 @@ def pack(lengths: Sequence[Sequence[int]], *, budget: int) -> list[list[int]]:
         # A unit over the budget has no room left for even an empty unit.
         if left >= 0:
             insort(room, (left, batch))
+    return out
+
+
+def _evenly(order: Sequence[int], sizes: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
+    """Each unit into the emptiest of `count` micro-batches; None where one would not fit."""
+    out: list[list[int]] = [[] for _ in range(count)]
+    filled = [(0, batch) for batch in range(count)]  # a heap
+    for unit in order:
+        total, batch = filled[0]
+        if total + sizes[unit] > budget:
+            return None
+        heapreplace(filled, (total + sizes[unit], batch))
+        out[batch].append(unit)
     return out

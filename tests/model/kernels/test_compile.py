@@ -53,7 +53,9 @@ PLAIN = [
 def compiled_shared(kernel, types, constants, tuned, capability):
     signature = kinds(kernel, types) | {name: "constexpr" for name in constants}
     assert set(signature) == set(kernel.arg_names), "the table above does not match the kernel"
-    source = ASTSource(fn=kernel, signature=signature, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()})
+    source = ASTSource(
+        fn=kernel, signature=signature, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()}
+    )
     options = {"num_warps": tuned[2], "num_stages": tuned[3]}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert made.asm["cubin"]
