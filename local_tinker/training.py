@@ -78,6 +78,20 @@ class TrainingClient:
         """Release the adapter, its gradients and moments."""
         self._close()
 
+    def try_longest(self, lengths: Sequence[int], *, pairs: bool = False) -> None:
+        """Find out now whether the longest documents fit, not when they come up hours later.
+
+        Runs one micro-batch of made-up documents of these lengths and forgets it: weights, gradients, counters and
+        randomness are as before. Where it runs out of memory the plan is stepped down, as in any call.
+
+        Args:
+            lengths: tokens a document, for a whole batch. pairs: each length is that of both documents of a pair.
+
+        Raises:
+            DeviceMemoryError: they fit in no way.
+        """
+        self._engine.try_longest(self._id, [(n, n) if pairs else (n,) for n in lengths])
+
     # -- passes ------------------------------------------------------------------------------------------------------
 
     def forward_backward(

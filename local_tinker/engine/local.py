@@ -104,6 +104,10 @@ class LocalEngine:
             raise StateError("this training client was closed; create a new one, or load a saved state")
         return self._trainers[trainer_id][0]
 
+    def try_longest(self, trainer_id: str, lengths: Sequence[Sequence[int]]) -> None:
+        with self._turn():
+            self._trainer(trainer_id).try_longest(lengths)
+
     def forward_backward(self, trainer_id: str, call: LossCall) -> LossResult:
         with self._turn():
             return self._trainer(trainer_id).forward_backward(call)

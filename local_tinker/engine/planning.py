@@ -12,6 +12,7 @@ from ..model.adapter import AdapterSpec
 from ..model.dims import ModelDims
 from ..model.levels import LEVELS
 from ..model.load import LoadedModel
+from .footprint import standing_parts, total_bytes
 from .memory import Choice, TrainSettings, choose, describe, sampler_tokens, smaller_limit, usable_bytes
 
 MAX_ROWS = {"cuda": 256, "cpu": 64}  # samples decoded together
@@ -39,6 +40,15 @@ class Budget:
     @property
     def micro_batch_tokens(self) -> int:
         return self.choice.tokens
+
+    @property
+    def head_rows(self) -> int:
+        return self.choice.head_rows
+
+    @property
+    def total(self) -> int:
+        """Predicted peak of a step, the model's weights included."""
+        return total_bytes(self.dims, self.settings, self.choice)
 
     @property
     def hold_weights(self) -> bool:
@@ -70,6 +80,19 @@ class Budget:
         )
         return replace(self, settings=settings, limit=limit, choice=choice)
 
+    def with_cut(self, *, micro_batch_tokens: int, head_rows: int) -> Budget:
+        """The plan with another run's cut into micro-batches and head chunks, which decide the rounding. What the layers
+        keep, which does not, is planned anew within the same memory."""
+        settings = replace(self.settings, tokens=micro_batch_tokens)
+        choice = replace(_choose(self.dims, settings, self.limit), head_rows=head_rows)
+        return replace(self, settings=settings, choice=choice)
+
+    def spare_bytes(self, *training: Budget) -> int:
+        """Memory that neither the model nor any of these trainings wants."""
+        parts = standing_parts(self.dims, self.settings, self.choice)
+        idle = sum(parts[name] for name in ("base weights", "embeddings and head", "resident weights"))
+        return max(0, self.limit - max((budget.total for budget in training), default=idle))
+
     def within(self, limit: int) -> Budget:
         """The same for another amount of memory, the model's weights included."""
         return replace(self, limit=limit, choice=_choose(self.dims, self.settings, limit))
@@ -79,7 +102,12 @@ class Budget:
 
 
 def plan_budget(
-    model: LoadedModel, spec: AdapterSpec | None, *, micro_batch_tokens: int | None, free_bytes: int | None = None
+    model: LoadedModel,
+    spec: AdapterSpec | None,
+    *,
+    micro_batch_tokens: int | None,
+    free_bytes: int | None = None,
+    kept_bytes: int = 0,
 ) -> Budget:
     """Plan for a model that is already on the device, next to whatever else is there.
 
@@ -87,6 +115,7 @@ def plan_budget(
         spec: the adapter to train; None plans for sampling alone.
         micro_batch_tokens: the user's choice; None leaves it to the plan.
         free_bytes: what may be used beside the model's own weights; None: what the device has free now.
+        kept_bytes: of a sampler's cache that is there already and counts as free.
     """
     dims, kind = model.dims, model.device.type
     settings = TrainSettings(
@@ -102,7 +131,7 @@ def plan_budget(
         host_bytes=int(PINNED_SHARE * memory()[1]) if kind == "cuda" else None,
     )
     if free_bytes is None:
-        free_bytes = _free_bytes(model.device) + _dense_bytes(model)
+        free_bytes = _free_bytes(model.device) + kept_bytes + _dense_bytes(model)
     loaded = sum(linear.nbytes() for linear in model.projections.values()) + model.head.weight.nbytes
     limit = loaded + usable_bytes(settings, free_bytes)
     most = MAX_ROWS[kind] * model.max_positions

@@ -19,6 +19,7 @@ from ..model.attention import VarlenCausal
 from ..model.head import CHUNK, target_logprobs
 from ..model.load import LoadedModel
 from ..model.lora import LoraDropout, LoraPair, gradient_leaf
+from ..types import Datum, ModelInput
 from .base import Unit
 
 
@@ -101,6 +102,12 @@ class Outcome:
 def cut(units: Sequence[Unit], *, budget: int) -> list[list[int]]:
     """Units -> micro-batches of at most `budget` tokens, longest first; a unit is never cut."""
     return pack([[datum.length for datum in unit] for unit in units], budget=budget)
+
+
+def blank(tokens: int) -> Datum:
+    """A document of this length with nothing in it, every position trained."""
+    zeros = np.zeros(tokens, np.int64)
+    return Datum(ModelInput.from_ints(zeros.tolist()), {"target_tokens": zeros})
 
 
 def micro_batch(units: Sequence[Unit], chosen: Sequence[int], spec: LossSpec, *, device: torch.device) -> MicroBatch:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..data.pack import pack
 from ..errors import StateError
 from ..losses import LOSSES
 from ..losses.base import LossInputs, LossSpec, finish_metrics
@@ -27,7 +28,19 @@ from .interrupts import finish_first
 from .optimiser import SUMS, FlatAdamW, GradientWindow, WindowBackup, clip
 from .out_of_memory import until_it_fits
 from .planning import Budget
-from .step import Gradients, MicroBatch, Outcome, Weights, cut, loss_terms, micro_batch, per_datum, record, run_forward
+from .step import (
+    Gradients,
+    MicroBatch,
+    Outcome,
+    Weights,
+    blank,
+    cut,
+    loss_terms,
+    micro_batch,
+    per_datum,
+    record,
+    run_forward,
+)
 
 T = TypeVar("T")
 
@@ -90,15 +103,17 @@ class Trainer:
 
     def make_room(self) -> None:
         """Let the device be as the plan says before the first call."""
-        self._with_room((), lambda: None)
+        self._with_room(0, lambda: None)
 
-    def _with_room(self, units: Sequence[Unit], attempt: Callable[[], T]) -> T:
+    def _with_room(self, longest: int, attempt: Callable[[], T]) -> T:
         """Run `attempt` by the plan, and again by a smaller one as long as it runs out of memory.
 
         An attempt that raises leaves everything as it was, and dropout is seeded by call and datum, so the result is the
         one of a run that had the smaller plan from the start.
+
+        Args:
+            longest: tokens of the longest unit, which no plan can cut.
         """
-        longest = max((sum(datum.length for datum in unit) for unit in units), default=0)
 
         def run() -> T:
             self._apply(self.budget.choice_for(longest))
@@ -123,11 +138,33 @@ class Trainer:
             self.model.release_weights()
         self.optimiser.park(choice.parked_moments)
 
+    def try_longest(self, lengths: Sequence[Sequence[int]]) -> None:
+        """Run a step's first micro-batch over made-up documents this long and forget it, so that a plan that does not fit
+        shows now. Nothing is trained; gradients and counters are as before.
+
+        Args:
+            lengths: tokens of the documents of each unit (one, or a preference pair).
+        """
+
+        def attempt() -> None:
+            first, *_ = pack(lengths, budget=self.budget.micro_batch_tokens)
+            units = [tuple(blank(tokens) for tokens in lengths[unit]) for unit in first]
+            backup, calls = self.window.backup(), self.calls
+            try:
+                float(self._forward_backward(LossCall(units, "sft")))  # reading it waits for the device
+            finally:
+                self.window.restore(backup)
+                self.calls = calls
+
+        longest = max(map(sum, lengths), default=0)
+        if longest:
+            self._with_room(longest, attempt)
+
     # -- passes ------------------------------------------------------------------------------------------------------
 
     def forward_backward(self, call: LossCall) -> LossResult:
         """Add the call's gradient of sums to the window; a failure restores everything."""
-        return self._with_room(call.units, lambda: self._forward_backward(call))
+        return self._with_room(_longest(call.units), lambda: self._forward_backward(call))
 
     def _forward_backward(self, call: LossCall) -> LossResult:
         spec = LOSSES[call.loss]
@@ -181,7 +218,7 @@ class Trainer:
 
     def forward(self, call: LossCall) -> LossResult:
         """The loss without gradient; dropout is off."""
-        return self._with_room(call.units, lambda: self._forward(call))
+        return self._with_room(_longest(call.units), lambda: self._forward(call))
 
     @torch.no_grad()
     def _forward(self, call: LossCall) -> LossResult:
@@ -193,7 +230,7 @@ class Trainer:
 
     def score(self, units: Sequence[Unit], *, values: bool, reference: bool) -> Scores:
         """Log-probs of every weighted target, and values and reference log-probs when asked for."""
-        return self._with_room(units, lambda: self._score(units, values=values, reference=reference))
+        return self._with_room(_longest(units), lambda: self._score(units, values=values, reference=reference))
 
     @torch.no_grad()
     def _score(self, units: Sequence[Unit], *, values: bool, reference: bool) -> Scores:
@@ -258,7 +295,7 @@ class Trainer:
         if self.value is not None and not self.value.window.empty:
             own = replace(params, learning_rate=value_learning_rate)
             settings.append((self.value.optimiser, self.value.window, own))
-        return self._with_room((), lambda: self._optim_step(settings, params.grad_clip_norm))
+        return self._with_room(0, lambda: self._optim_step(settings, params.grad_clip_norm))
 
     @torch.no_grad()
     def _optim_step(
@@ -278,6 +315,10 @@ class Trainer:
         self.window.clear()
         if self.value is not None:
             self.value.window.clear()
+
+
+def _longest(units: Sequence[Unit]) -> int:
+    return max((sum(datum.length for datum in unit) for unit in units), default=0)
 
 
 def _read_step(norm: Tensor, skipped: Tensor, count: Tensor) -> tuple[float, bool, int]:

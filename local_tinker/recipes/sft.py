@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import loop, report
+from . import loop, probe, report
 from .config import Common, option
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def main(config: Config, *, dry_run: bool = False, resume: Run | None = None) ->
     report.print_preflight(found)
     if dry_run:
         return None
+    probe.try_rows(trainer, service.hardware, config, found)
     return loop.finish(train(config, trainer, data, resume=resume))
 
 

@@ -12,7 +12,7 @@ from local_tinker.engine.footprint import total_bytes
 from local_tinker.engine.out_of_memory import is_out_of_memory, until_it_fits
 from local_tinker.errors import DeviceMemoryError
 from local_tinker.model.layer import DecoderPass
-from tests.test_training import ROWS, client, everything, inner, same  # noqa: F401  (client is a fixture)
+from tests.test_training import ROWS, everything, inner, same, warm
 
 # (owner, attribute): the places where a call allocates
 PASS_SITES = {
@@ -32,6 +32,18 @@ STEP_SITES = {
 }
 
 
+@pytest.fixture
+def client(service, tiny_model):
+    def make(**options):
+        trainer = service.create_lora_training_client(
+            str(tiny_model), rank=4, alpha=8, quantize=None, dtype="float32", seed=1, **options
+        )
+        warm(trainer)
+        return trainer
+
+    return make
+
+
 def fail(monkeypatch, site, times, *, before=lambda: None, error=None):
     """Let a place run out of memory on its first visits; returns the list of visits."""
     owner, name = site
@@ -48,7 +60,7 @@ def fail(monkeypatch, site, times, *, before=lambda: None, error=None):
     return visits
 
 
-def pending(client):  # noqa: F811
+def pending(client):
     """A trainer in mid-window, with several micro-batches to a call, and what it says."""
     trainer = client(micro_batch_tokens=64)
     trainer.forward_backward(ROWS)
@@ -65,7 +77,7 @@ def attempts_of(patch, trainer):
 
 
 @pytest.mark.parametrize("site", PASS_SITES)
-def test_a_pass_that_runs_out_is_repeated_as_if_it_had_been_run_so_from_the_start(client, monkeypatch, site):  # noqa: F811
+def test_a_pass_that_runs_out_is_repeated_as_if_it_had_been_run_so_from_the_start(client, monkeypatch, site):
     trainer = pending(client)
     state, plan, before = inner(trainer), inner(trainer).budget, everything(trainer)
     start, calls = state.window.backup(), state.calls
@@ -91,7 +103,7 @@ def test_a_pass_that_runs_out_is_repeated_as_if_it_had_been_run_so_from_the_star
 
 
 @pytest.mark.parametrize("site", STEP_SITES)
-def test_an_optimiser_step_that_runs_out_changes_nothing_and_is_repeated(client, monkeypatch, site):  # noqa: F811
+def test_an_optimiser_step_that_runs_out_changes_nothing_and_is_repeated(client, monkeypatch, site):
     trainer, clean = pending(client), pending(client)
     for times in (1, 2, 3, 4, 5):
         before = everything(trainer)
@@ -110,7 +122,7 @@ def test_an_optimiser_step_that_runs_out_changes_nothing_and_is_repeated(client,
             one.forward_backward(ROWS[:3])
 
 
-def test_scoring_and_forward_run_out_and_are_repeated(client, monkeypatch):  # noqa: F811
+def test_scoring_and_forward_run_out_and_are_repeated(client, monkeypatch):
     trainer = pending(client)
     before, expected = everything(trainer), trainer.forward(ROWS)
     units = [(d,) for d in trainer._units(ROWS, "sft")[0][0]]
@@ -125,7 +137,7 @@ def test_scoring_and_forward_run_out_and_are_repeated(client, monkeypatch):  # n
     assert same(before, everything(trainer))
 
 
-def test_a_first_call_with_a_value_head_runs_out_and_leaves_none(client, monkeypatch):  # noqa: F811
+def test_a_first_call_with_a_value_head_runs_out_and_leaves_none(client, monkeypatch):
     trainer = client(micro_batch_tokens=64)
     state, units = inner(trainer), trainer._units(ROWS, "sft")[0]
     call = module.LossCall(units, "sft")
@@ -138,7 +150,7 @@ def test_a_first_call_with_a_value_head_runs_out_and_leaves_none(client, monkeyp
 
 
 @pytest.mark.parametrize("verb", ["forward_backward", "optim_step"])
-def test_when_nothing_smaller_is_left_a_typed_error_says_so_and_nothing_has_changed(client, monkeypatch, verb):  # noqa: F811
+def test_when_nothing_smaller_is_left_a_typed_error_says_so_and_nothing_has_changed(client, monkeypatch, verb):
     trainer = pending(client)
     before, said = everything(trainer), []
     inner(trainer)._say = said.append
@@ -159,7 +171,7 @@ def test_when_nothing_smaller_is_left_a_typed_error_says_so_and_nothing_has_chan
     assert trainer.optim_step().step == 2
 
 
-def test_the_failed_attempts_tensors_are_gone_before_the_next_one(client, monkeypatch):  # noqa: F811
+def test_the_failed_attempts_tensors_are_gone_before_the_next_one(client, monkeypatch):
     """A traceback holds its frames' tensors; here also a reference cycle does, as autograd nodes can."""
     trainer, held, dead = pending(client), [], []
     real_hidden, real_loss = step._hidden, module.loss_terms
@@ -184,7 +196,7 @@ def test_the_failed_attempts_tensors_are_gone_before_the_next_one(client, monkey
     assert dead[0] is True
 
 
-def test_other_errors_are_not_repeated(client, monkeypatch):  # noqa: F811
+def test_other_errors_are_not_repeated(client, monkeypatch):
     trainer = pending(client)
     plan = inner(trainer).budget
     visits = fail(monkeypatch, PASS_SITES["loss"], 1, error=RuntimeError("CUDA error: an illegal memory access"))
@@ -238,3 +250,34 @@ def test_the_command_line_ends_with_4(monkeypatch, capsys):
     monkeypatch.setattr(plan.catalogue, "dims", lambda model: (_ for _ in ()).throw(DeviceMemoryError("no room")))
     assert app.main(["plan", "llama-3.1-8b"]) == 4
     assert "no room" in capsys.readouterr().err
+
+
+# -- the longest documents first ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_trying_the_longest_documents_leaves_everything_as_it_was(client, waiting):
+    trainer = pending(client)
+    if not waiting:
+        trainer.optim_step()
+    before, plan = everything(trainer), inner(trainer).budget
+    trainer.try_longest([90, 30, 30])
+    trainer.try_longest([20, 10], pairs=True)
+    trainer.try_longest([])
+    assert same(before, everything(trainer)) and inner(trainer).budget is plan
+
+
+def test_trying_the_longest_documents_runs_the_first_micro_batch_and_settles_the_plan(client, monkeypatch):
+    trainer, lengths = client(micro_batch_tokens=64), []
+    plan, real = inner(trainer).budget, module.micro_batch
+    monkeypatch.setattr(module, "micro_batch", lambda *a, **k: lengths.append(real(*a, **k).lengths) or real(*a, **k))
+    with monkeypatch.context() as patch:
+        fail(patch, PASS_SITES["backward"], 2)
+        trainer.try_longest([20, 50, 10, 64])
+    assert lengths == [(64,)] * 3
+    assert inner(trainer).budget.total < plan.total and inner(trainer).window.empty
+    trainer.try_longest([20, 12], pairs=True)
+    assert lengths[-1] == (20, 20, 12, 12)
+    monkeypatch.setattr(module, "loss_terms", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    with pytest.raises(DeviceMemoryError):
+        trainer.try_longest([64])

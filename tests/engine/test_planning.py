@@ -69,6 +69,22 @@ def test_running_out_makes_the_longest_documents_choice_smaller_until_nothing_is
     assert 4 < steps < 40 and set(choice.levels) == {"layer"}
 
 
+def test_another_runs_cut_is_taken_over_and_the_levels_planned_anew(model):
+    budget = budget_of(model, int(1.5 * needed(budget_of(model, 2**40))))
+    other = budget.with_cut(micro_batch_tokens=9000, head_rows=512)
+    assert (other.micro_batch_tokens, other.head_rows, other.limit) == (9000, 512, budget.limit)
+    assert other.smaller(0) is not None
+
+
+def test_what_no_training_wants_is_spare(model):
+    sampling = plan_budget(model, None, micro_batch_tokens=None, free_bytes=10**9)
+    small, large = budget_of(model, 10**7), budget_of(model, 10**9)
+    assert sampling.spare_bytes(small, large) == sampling.limit - large.total
+    assert sampling.limit - 10**7 < sampling.spare_bytes() + small.total < sampling.limit + 10**7
+    kept = plan_budget(model, None, micro_batch_tokens=None, kept_bytes=10**9)
+    assert abs(kept.limit - plan_budget(model, None, micro_batch_tokens=None).limit - 8 * 10**8) < 2 * 10**8
+
+
 def test_a_smaller_plan_allocates_nothing_first(model):
     budget = budget_of(model, 2**40)
     parked = replace(budget, choice=replace(budget.choice, parked_moments=True, resident_layers=1))
