@@ -17,7 +17,7 @@ def own(kind: str) -> torch.device:
     """
     if kind != "cuda":
         return torch.device(kind)
-    change = getattr(torch.cuda.memory, "_set_allocator_settings", None)
+    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     if change is not None and not any(name in os.environ for name in _SETTINGS):
         change("expandable_segments:True")
     return torch.device(kind, 0)
