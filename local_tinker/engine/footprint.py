@@ -164,8 +164,10 @@ def _forward(dims: ModelDims, settings: TrainSettings, level: str, tokens: int, 
     if level not in TILED:
         return tokens * (5 * h + 7 * r + f + dropped)
     whole = qkv + dims.query + 5 * h + 4 * r + (2 * h if level == "offload" else 0)
-    whole += 2 * h if tile < tokens else 0  # residual and output are then put together from tiles
-    return tokens * whole + tile * (3 * f + 3 * h)
+    if tile == tokens:
+        return tokens * (whole + 3 * f + 3 * h)
+    # residual and output are put together from tiles, and gate and up of the tile before are still there
+    return tokens * (whole + h) + tile * (5 * f + 3 * h)
 
 
 def _backward(dims: ModelDims, settings: TrainSettings, level: str, tokens: int, tile: int) -> tuple[int, int]:

@@ -83,8 +83,8 @@ def test_tiles_bound_the_mlp_of_a_long_document():
     wide_mlp = replace(TINY, intermediate=1024)
     one_tile = live_bytes(wide_mlp, PLAIN, "layer", 8192)
     assert one_tile == 2 * 8192 * (64 + 3 * 1024 + 24)
-    # in two tiles residual and output (16) are put together from parts, and the rest of the MLP does not grow
-    assert live_bytes(wide_mlp, PLAIN, "layer", 16384) == one_tile + 2 * 8192 * 64 + 2 * 16384 * 16
+    # in two tiles the residual (8) is put together from parts, gate and up of one tile meet the other's, and that is all
+    assert live_bytes(wide_mlp, PLAIN, "layer", 16384) == one_tile + 2 * 8192 * (64 + 2 * 1024) + 2 * 16384 * 8
     assert live_bytes(wide_mlp, PLAIN, "mlp", 16384) == 2 * live_bytes(wide_mlp, PLAIN, "mlp", 8192)
 
 
