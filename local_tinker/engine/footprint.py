@@ -145,17 +145,39 @@ def saved_bytes(dims: ModelDims, settings: TrainSettings, level: str) -> int:
 
 
 def live_bytes(dims: ModelDims, settings: TrainSettings, level: str, tokens: int) -> int:
-    """What the backward pass of one layer holds beside the kept activations: the deeper of its two halves.
+    """What one layer holds beside the kept activations at its deepest: in forward, or in either half of its backward."""
+    if settings.plain:  # autograd keeps the recomputed layer as it would have kept it before
+        again = 0 if level == "norms" else saved_bytes(dims, settings, "norms")
+        return tokens * (again + settings.compute_bytes * (4 * dims.hidden + 3 * dims.intermediate))
+    tile = min(tokens, TILE) if level in TILED else tokens
+    return settings.compute_bytes * max(
+        _forward(dims, settings, level, tokens, tile), *_backward(dims, settings, level, tokens, tile)
+    )
+
+
+def _forward(dims: ModelDims, settings: TrainSettings, level: str, tokens: int, tile: int) -> int:
+    """Elements. Whole: what the layer before gave, both normed inputs and both blocks' outputs; the MLP's product, and
+    what the level lets go of afterwards."""
+    h, f, r = dims.hidden, dims.intermediate, settings.rank
+    qkv = dims.query + 2 * dims.key
+    dropped = {"norms": 0, "mlp": 2 * f}.get(level, 2 * f + qkv)
+    if level not in TILED:
+        return tokens * (5 * h + 7 * r + f + dropped)
+    whole = qkv + dims.query + 5 * h + 4 * r + (2 * h if level == "offload" else 0)
+    if tile == tokens:
+        return tokens * (whole + 3 * f + 3 * h)
+    # residual and output are put together from tiles, and gate and up of the tile before are still there
+    return tokens * (whole + h) + tile * (5 * f + 3 * h)
+
+
+def _backward(dims: ModelDims, settings: TrainSettings, level: str, tokens: int, tile: int) -> tuple[int, int]:
+    """Elements, of the MLP and of attention.
 
     Whole all the time are the gradient of the residual, with R columns of room, and that of the final hidden states. The
     MLP comes first, a tile of rows at a time where the level is tiled; gate and up are overwritten by their gradients.
     """
-    c, r, h, f = settings.compute_bytes, settings.rank, dims.hidden, dims.intermediate
+    r, h, f = settings.rank, dims.hidden, dims.intermediate
     q, qkv, tiled = dims.query, dims.query + 2 * dims.key, level in TILED
-    if settings.plain:  # autograd keeps the recomputed layer as it would have kept it before
-        again = 0 if level == "norms" else saved_bytes(dims, settings, "norms")
-        return tokens * (again + c * (4 * h + 3 * f))
-    tile = min(tokens, TILE) if tiled else tokens
     whole = 2 * h + r + (h + r if dims.model_type in NORM_AFTER else 0)
     whole += 3 * h if level == "offload" else 0  # this layer's input, the next one on its way, the embedded tokens
     rebuilt = qkv + q + 4 * r if tiled else 0  # of the attention half
@@ -166,8 +188,8 @@ def live_bytes(dims: ModelDims, settings: TrainSettings, level: str, tokens: int
     attention += qkv if level == "attention_mlp" else 0
     attention += qkv if dims.model_type in HEAD_NORM else 0
     gone = 2 * f if level == "norms" else 0
-    halves = tokens * (rebuilt + (h + r if tiled else 0)) + tile * mlp, tokens * (rebuilt + attention - gone)
-    return c * (tokens * whole + max(halves))
+    first = tokens * (whole + rebuilt + (h + r if tiled else 0)) + tile * mlp
+    return first, tokens * (whole + rebuilt + attention - gone)
 
 
 def standing_parts(dims: ModelDims, settings: TrainSettings, choice: Choice) -> dict[str, int]:

@@ -60,52 +60,49 @@ def test_saved_bytes_of_a_small_layer_worked_by_hand():
 
 
 def test_live_bytes_of_a_small_layer_worked_by_hand():
-    # whole: the residual's gradient and the final hidden states', 8 each. norms: the MLP's backward holds the gradient of
-    # act(gate) up, 16; attention d(out) 8 and d(qkv) 16, less gate and up 32
-    assert live_bytes(TINY, PLAIN, "norms", 10) == 2 * 10 * (16 + 16)
-    # mlp: gate and up are there again, 32 + 16 = 48; attention 24
-    assert live_bytes(TINY, PLAIN, "mlp", 10) == 2 * 10 * (16 + 48)
-    # attention_mlp: attention has its qkv again, 40
-    assert live_bytes(TINY, PLAIN, "attention_mlp", 10) == 2 * 10 * (16 + 48)
-    assert live_bytes(replace(TINY, intermediate=8), PLAIN, "attention_mlp", 10) == 2 * 10 * (16 + 40)
-    # layer: qkv 16 and out 8 are there in both halves; in the MLP's also its input before the sum and h2, 48 + 8 + 8
-    assert live_bytes(TINY, PLAIN, "layer", 10) == 2 * 10 * (16 + 24 + 64)
-    # offload: this layer's input, the next one's and the embedded tokens, 8 each
-    assert live_bytes(TINY, PLAIN, "offload", 10) == 2 * 10 * (16 + 24 + 64 + 24)
-    # normed heads: raw and rotated qkv side by side, 24 + 16 + 16
-    normed = replace(TINY, model_type="qwen3", intermediate=8)
-    assert live_bytes(normed, PLAIN, "attention_mlp", 10) == 2 * 10 * (16 + 56)
+    # forward: five tensors of 8 (the layer before's output, two normed inputs, two blocks' outputs), act(gate) up 16
+    assert live_bytes(TINY, PLAIN, "norms", 10) == 2 * 10 * (40 + 16)
+    # gate and up, and qkv, are let go of only afterwards
+    assert live_bytes(TINY, PLAIN, "mlp", 10) == 2 * 10 * (40 + 16 + 32)
+    assert live_bytes(TINY, PLAIN, "attention_mlp", 10) == 2 * 10 * (40 + 16 + 32 + 16)
+    # qkv 16, out 8, five of 8; the MLP's gate, up and product 48 and three of 8
+    assert live_bytes(TINY, PLAIN, "layer", 10) == 2 * 10 * (16 + 8 + 40 + 48 + 24)
+    # the embedded tokens and the layer's input on its way to the host
+    assert live_bytes(TINY, PLAIN, "offload", 10) == 2 * 10 * (16 + 8 + 40 + 48 + 24 + 16)
+
+
+def test_live_bytes_where_the_backward_is_deepest():
+    # 16 query heads of 4, q 64 and qkv 72: gradients of the residual and of the final states 8 each, d(out) 64, d(qkv)
+    # 72, qkv again 72; normed heads hold it raw and rotated
+    dims = replace(TINY, heads=16, intermediate=8)
+    assert live_bytes(dims, PLAIN, "attention_mlp", 10) == 2 * 10 * (16 + 64 + 72 + 72)
+    assert live_bytes(replace(dims, model_type="qwen3"), PLAIN, "attention_mlp", 10) == 2 * 10 * (16 + 64 + 72 + 144)
 
 
 def test_tiles_bound_the_mlp_of_a_long_document():
-    # beyond a tile of 8,192 rows only the gradients, qkv, out and the MLP's input grow (48 wide)
     wide_mlp = replace(TINY, intermediate=1024)
-    assert live_bytes(wide_mlp, PLAIN, "layer", 8192) == 2 * 8192 * (16 + 32 + 8 + 3 * 1024)
-    grown = live_bytes(wide_mlp, PLAIN, "layer", 16384) - live_bytes(wide_mlp, PLAIN, "layer", 8192)
-    assert grown == 2 * 8192 * 48
-    grown = live_bytes(wide_mlp, PLAIN, "mlp", 16384) - live_bytes(wide_mlp, PLAIN, "mlp", 8192)
-    assert grown == 2 * 8192 * (16 + 3 * 1024)
+    one_tile = live_bytes(wide_mlp, PLAIN, "layer", 8192)
+    assert one_tile == 2 * 8192 * (64 + 3 * 1024 + 24)
+    # in two tiles the residual (8) is put together from parts, gate and up of one tile meet the other's, and that is all
+    assert live_bytes(wide_mlp, PLAIN, "layer", 16384) == one_tile + 2 * 8192 * (64 + 2 * 1024) + 2 * 16384 * 8
+    assert live_bytes(wide_mlp, PLAIN, "mlp", 16384) == 2 * live_bytes(wide_mlp, PLAIN, "mlp", 8192)
 
 
-def test_the_peak_is_the_deepest_moment_and_mixed_levels_are_seen_at_both_ends():
-    dims = replace(LLAMA_3B, layers=2)
+@pytest.mark.parametrize(("shallow", "vocab", "deepest"), [(1, 1000, "first"), (4, 1000, "last"), (4, 128256, "head")])
+def test_the_peak_is_the_deepest_moment_and_mixed_levels_are_seen_at_both_ends(shallow, vocab, deepest):
+    dims = replace(LLAMA_3B, layers=1 + shallow, vocab=vocab)
     settings, n = TrainSettings(rank=0), 1000
-    mixed = Choice(tokens=n, levels=("layer", "norms"), head_rows=256)
+    mixed = Choice(tokens=n, levels=("layer",) + ("norms",) * shallow, head_rows=256)
     angles = n * (2 * 2 * 128 + 64)
-    one, two = (saved_bytes(dims, settings, level) for level in mixed.levels)
-    # the last layer's backward beside both layers' activations, the first one's beside its own, or the loss head
-    last = angles + n * (one + two) + live_bytes(dims, settings, "norms", n)
-    first = angles + n * one + live_bytes(dims, settings, "layer", n)
-    head = angles + n * (one + two) + 256 * 128256 * 4 + 3 * n * 2 * 3072
-    assert sum(deepest_moment(dims, settings, mixed).values()) == max(last, first, head) == head
-    small_head = replace(dims, vocab=1000)
-    found = deepest_moment(small_head, settings, mixed)
-    assert sum(found.values()) == max(first, last) == last
-    thin_last = replace(mixed, levels=("layer", "attention_mlp"))
-    last += n * saved_bytes(dims, settings, "attention_mlp") + live_bytes(dims, settings, "attention_mlp", n)
-    last -= n * two + live_bytes(dims, settings, "norms", n)
-    found = deepest_moment(small_head, settings, thin_last)
-    assert sum(found.values()) == max(first, last) == first and found["activations"] == angles + n * one
+    deep, kept = saved_bytes(dims, settings, "layer"), saved_bytes(dims, settings, "norms")
+    # the last recomputed layer beside its own input, the last layer beside what all keep, the head beside the same
+    moments = {
+        "first": angles + n * deep + live_bytes(dims, settings, "layer", n),
+        "last": angles + n * (deep + shallow * kept) + live_bytes(dims, settings, "norms", n),
+        "head": angles + n * (deep + shallow * kept) + 256 * vocab * 4 + 3 * n * 2 * 3072,
+    }
+    assert max(moments, key=moments.get) == deepest
+    assert sum(deepest_moment(dims, settings, mixed).values()) == moments[deepest]
 
 
 @pytest.mark.parametrize("dims, rank, table", [(LLAMA_3B, 32, 3.15), (QWEN_7B, 16, 6.31)], ids=["3B r32", "7B r16"])
