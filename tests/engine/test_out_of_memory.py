@@ -174,26 +174,25 @@ def test_when_nothing_smaller_is_left_a_typed_error_says_so_and_nothing_has_chan
 def test_the_failed_attempts_tensors_are_gone_before_the_next_one(client, monkeypatch):
     """A traceback holds its frames' tensors; here also a reference cycle does, as autograd nodes can."""
     trainer, held, dead = pending(client), [], []
-    real_hidden, real_loss = step._hidden, module.loss_terms
+    real_batch, real_loss = module.micro_batch, module.loss_terms
 
-    def hidden(*args, **kwargs):
+    def batch(*args, **kwargs):
         dead.extend(ref() is None for ref in held)
         held.clear()
-        out = real_hidden(*args, **kwargs)
-        held.append(weakref.ref(out))
-        return out
+        return real_batch(*args, **kwargs)
 
-    def loss(*args):
-        if not dead:
-            cycle = [args]
-            cycle.append(cycle)
-            raise torch.OutOfMemoryError("no memory")
-        return real_loss(*args)
+    def loss(spec, out, *rest):
+        if dead:
+            return real_loss(spec, out, *rest)
+        held.append(weakref.ref(out.logprobs))
+        cycle = [out]
+        cycle.append(cycle)
+        raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(step, "_hidden", hidden)
+    monkeypatch.setattr(module, "micro_batch", batch)
     monkeypatch.setattr(module, "loss_terms", loss)
     trainer.forward_backward(ROWS)
-    assert dead[0] is True
+    assert dead == [True]
 
 
 def test_other_errors_are_not_repeated(client, monkeypatch):
