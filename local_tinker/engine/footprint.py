@@ -156,18 +156,18 @@ def live_bytes(dims: ModelDims, settings: TrainSettings, level: str, tokens: int
 
 
 def _forward(dims: ModelDims, settings: TrainSettings, level: str, tokens: int, tile: int) -> int:
-    """Elements. Whole: what the layer before gave, both normed inputs and both blocks' outputs; the MLP's product, and
-    what the level lets go of afterwards."""
+    """Elements, beside what the level keeps: of the attention half, or of the MLP with the output of the half before."""
     h, f, r = dims.hidden, dims.intermediate, settings.rank
     qkv = dims.query + 2 * dims.key
-    dropped = {"norms": 0, "mlp": 2 * f}.get(level, 2 * f + qkv)
     if level not in TILED:
-        return tokens * (5 * h + 7 * r + f + dropped)
-    whole = qkv + dims.query + 5 * h + 4 * r + (2 * h if level == "offload" else 0)
+        dropped = {"norms": 0, "mlp": 2 * f}.get(level, 2 * f + qkv)
+        return tokens * (2 * h + f + dropped)
+    # an offloaded input is on the device until the layer is through, and the embedded tokens are
+    beside = 2 * h if level == "offload" else 0
+    attention = tokens * (beside + 2 * h + qkv + dims.query + 8 * r)
     if tile == tokens:
-        return tokens * (whole + 3 * f + 3 * h)
-    # residual and output are put together from tiles, and gate and up of the tile before are still there
-    return tokens * (whole + h) + tile * (5 * f + 3 * h)
+        return max(attention, tokens * (beside + 4 * h + 3 * f))
+    return max(attention, tokens * (beside + 3 * h) + tile * (3 * h + 3 * f + 3 * r))
 
 
 def _backward(dims: ModelDims, settings: TrainSettings, level: str, tokens: int, tile: int) -> tuple[int, int]:

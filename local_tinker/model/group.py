@@ -190,7 +190,10 @@ class ProjectionGroup:
         return like.new_empty(like.shape[0], self.inputs + extra)
 
     def forward(self, x: Tensor, lora: GroupLora | None) -> tuple[Tensor, Tensor | None]:
-        """x as `room` gave it -> y (N, O) and thin = x A^T (N, m R), which backward wants; None without adapters."""
+        """x as `room` gave it -> y (N, O) and thin = x A^T (N, m R), which backward wants; None without adapters.
+
+        The thin product is a copy: as a part of the wide buffer it was made in, it would hold all of that.
+        """
         if lora is None:
             return F.linear(x, self.dense(), self._bias), None
         if not self.fused(lora):
@@ -201,12 +204,12 @@ class ProjectionGroup:
             both = F.linear(x, weight, bias)
             y, thin = both[:, : self.outputs], both[:, self.outputs : self.outputs + width]
             y.addmm_(thin, lora.bs[0].t(), alpha=lora.scale)
-            return y, thin
+            return y, thin.contiguous()
         thin = x[:, self.inputs : self.inputs + width]
         torch.mm(x[:, : self.inputs], lora.a.t(), out=thin)
         if padded(width) > width:
             x[:, self.inputs + width :].zero_()
-        return F.linear(x, weight, self._bias), thin
+        return F.linear(x, weight, self._bias), thin.contiguous()
 
     def _forward_separate(self, x: Tensor, lora: GroupLora) -> tuple[Tensor, Tensor]:
         y = F.linear(x, self.dense(), self._bias)

@@ -143,8 +143,11 @@ class DecoderPass:
     def forward(self, h: Tensor) -> Tensor:
         """Embedded tokens (N, H) -> hidden states after the final norm, (N, H) or of the chosen rows (M, H)."""
         pending, self._count = None, h.shape[0]
+        flow = [h, pending]  # a layer takes what it is given out of here, so that nothing holds it longer
+        del h
         for index in range(self.spec.layers):
-            h, pending = self._layer(index, h, pending)
+            flow += self._layer(index, flow)
+        h, pending = flow
         if self.rows is not None:
             h, pending = h.index_select(0, self.rows), pending.index_select(0, self.rows)
         out = torch.empty_like(h)
@@ -153,17 +156,19 @@ class DecoderPass:
             self._final = total
         return out
 
-    def _layer(self, index: int, h: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _layer(self, index: int, flow: list[Tensor | None]) -> tuple[Tensor, Tensor]:
         """Residual and what is still to be added to it -> the same after this layer."""
         weights, lora = self.layers[index], self.call.lora
         level = None if self.levels is None else self.levels[index]
-        h, x = self._enter(h, pending, weights.before_attention, weights.qkv, lora(weights.qkv))
+        h, x = self._enter(*flow, weights.before_attention, weights.qkv, lora(weights.qkv))
+        flow.clear()
         attention, y = self._attention(index, x, keep=level is not None)
+        del x
         y = self._after(y, weights.after_attention)
         if level in ("layer", "offload"):
-            out = self._mlp_in_tiles(weights, h, y)
             self._keep(h, None, _Attention(), _Mlp(), level)
-            return out
+            del attention
+            return self._mlp_in_tiles(weights, h, y)
         h2, mlp, z = self._mlp(weights, h, y)
         if level is not None:
             self._keep(h, h2, attention, mlp, level)
@@ -207,12 +212,13 @@ class DecoderPass:
         residual, pending = torch.empty_like(h), torch.empty_like(h)
         for start in range(0, h.shape[0], TILE):
             rows = slice(start, start + TILE)
-            residual[rows], _, z = self._mlp(weights, h[rows], y[rows])
+            residual[rows], made, z = self._mlp(weights, h[rows], y[rows])
+            del made  # gate and up, before the next tile's
             pending[rows] = self._after(z, weights.after_mlp)
         return residual, pending
 
     def _keep(self, h: Tensor, h2: Tensor | None, attention: _Attention, mlp: _Mlp, level: str) -> None:
-        """Let go of what the level does not keep; thin products are copied out of the wide buffers they lie in."""
+        """Let go of what the level does not keep."""
         depth = LEVELS.index(level)
         if depth >= LEVELS.index("mlp"):
             mlp.gate_up = mlp.thin_gate_up = None
@@ -220,10 +226,6 @@ class DecoderPass:
             attention.qkv = attention.thin_qkv = None
             if not isinstance(attention.kept, Tensor):  # a recorded graph would hold q, k and v
                 attention.out = attention.kept = None
-        for part, names in ((attention, ("thin_qkv", "thin_out")), (mlp, ("thin_gate_up", "thin_down"))):
-            for name in names:
-                thin = getattr(part, name)
-                setattr(part, name, None if thin is None else thin.contiguous())
         self._kept.append(_Kept(self._park(h) if level == "offload" else h, h2, attention, mlp))
 
     def _park(self, h: Tensor) -> Parked:
@@ -314,12 +316,6 @@ class DecoderPass:
             attention, y = self._attention(index, x, keep=True)
             recomputed = self._after(y, weights.after_attention)
             del x, y
-        elif attention.qkv is None:
-            _, x = self._enter(h, None, weights.before_attention, weights.qkv, self.call.lora(weights.qkv))
-            attention.qkv, attention.thin_qkv = weights.qkv.forward(x, self.call.lora(weights.qkv))
-            del x
-            if weights.heads.q_norm is None:
-                attention.qkv = rotate_qk(attention.qkv, weights.heads, self._rotation(index))
         if kept.h2 is not None:
             self._mlp_backward(weights, kept.h2, None, kept.mlp, dh)
         elif h.shape[0] <= TILE or self.call.dropout is not None:
@@ -329,6 +325,12 @@ class DecoderPass:
                 rows = slice(start, start + TILE)
                 self._mlp_backward(weights, h[rows], recomputed[rows], _Mlp(), dh[rows])
         del recomputed
+        if attention.qkv is None:
+            _, x = self._enter(h, None, weights.before_attention, weights.qkv, self.call.lora(weights.qkv))
+            attention.qkv, attention.thin_qkv = weights.qkv.forward(x, self.call.lora(weights.qkv))
+            del x
+            if weights.heads.q_norm is None:
+                attention.qkv = rotate_qk(attention.qkv, weights.heads, self._rotation(index))
         self._attention_backward(index, h, attention, dh, last=last)
 
     def _mlp_backward(self, weights: LayerWeights, h: Tensor, pending: Tensor | None, mlp: _Mlp, dh: Tensor) -> None:
@@ -349,6 +351,7 @@ class DecoderPass:
         dx, q = weights.gate_up.backward_input(mlp.gate_up, lora(weights.gate_up))
         self._leave(dx, h2, weights.before_mlp, dh[:, :hidden])
         weights.gate_up.backward_adapter(q, mlp.gate_up, dx, mlp.thin_gate_up, lora(weights.gate_up), sink)
+        mlp.gate_up = mlp.thin_gate_up = mlp.projected = None  # attention comes next and needs the room
 
     def _attention_backward(self, index: int, h: Tensor, attention: _Attention, dh: Tensor, *, last: bool) -> None:
         weights, spec, hidden = self.layers[index], self.spec, h.shape[1]
