@@ -136,5 +136,3 @@ def test_a_bad_datum_is_named_by_index_and_position(bad, says):
 def test_good_datums_pass_and_custom_losses_may_weigh_negatively():
     validate_datums([GOOD, datum([1, 2], target_tokens=[[2, 3], [4, 5]])], 10)
     validate_datums([datum([1, 2], target_tokens=[2, 3], weights=[1.0, -1.0])], 10, negative_weights=True)
-
-
