@@ -268,12 +268,14 @@ def prepare(config: Common, loss: str) -> tuple[Any, Data]:
         the trainer and the rows as read.
     """
     from .. import ServiceClient  # here, so that --help does not wait for it
+    from ..model import catalogue
     from .data import load_data
     from .scoring import find_reward
 
     tracker_names(config)
     if hasattr(config, "reward"):
         find_reward(config.reward)
+    catalogue.check_name(config.model)
     data = load_data(config, say=report.say)
     report.print_config(resolved(config, loss))
     service = ServiceClient(deterministic=config.deterministic)
