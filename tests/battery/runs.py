@@ -76,8 +76,8 @@ class Subject:
 
     @property
     def run(self):
-        (run,) = list_runs(self.folder / "runs")
-        return run
+        """The newest: one killed before its first checkpoint is begun anew, beside what it left."""
+        return list_runs(self.folder / "runs")[-1]
 
     def check_checkpoints(self) -> None:
         """Everything listed can be read to the last byte, and no leftover stays behind once somebody looks."""
