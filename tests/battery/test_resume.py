@@ -49,7 +49,7 @@ def test_a_run_killed_at_random_moments_until_it_is_done_equals_one_never_interr
         whole.start()
         seconds = time.monotonic() - began
         cut = Subject(forks, tmp_path / f"cut-{loss}", tiny_model, loss, "fp32", epochs=6)
-        for number in range(most):
+        for _ in range(most):
             code = cut.start(check=False, kill=[chance.uniform(0.1, 0.9) * seconds])
             assert code in (KILLED, 0), cut.log()
             kills += code == KILLED
