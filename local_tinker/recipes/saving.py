@@ -74,9 +74,12 @@ class Saver:
             self._saved_at = step
         if best is not None:
             self.mark(best)
-        # a state names no owner, and this folder holds this run's only
         keep = [] if self.best is None else [Path(self.best["folder"]).name]
-        rotate(self._run.checkpoints, self._config.keep_last, keep=keep, owner=None)
+        try:
+            # a state names no owner, and this folder holds this run's only
+            rotate(self._run.checkpoints, self._config.keep_last, keep=keep, owner=None)
+        except CheckpointError as error:
+            report.say(str(error))  # the new one stands; an old one too many harms nobody
 
     def mark(self, best: dict[str, Any]) -> None:
         """Remember the best evaluation, in run.json too."""
