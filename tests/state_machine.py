@@ -257,6 +257,8 @@ def machine(reference: Reference) -> type[RuleBasedStateMachine]:
             assert window.empty == (not self.pending)
             if self.pending:
                 assert torch.equal(window.gradient(), reference.gradient(self.steps, self.pending))
+            else:
+                assert not any(buffer.any() for buffer in window.buffers.values())
 
     return TrainerMachine
 
