@@ -35,6 +35,14 @@ SIZES = {
         num_key_value_heads=8,
         head_dim=128,
     ),
+    "llama8b": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
 }
 
 
@@ -57,9 +65,8 @@ def random_model(size: str, folder: Path, *, vocab: int) -> Path:
         **SIZES[size],
     )
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    model = AutoModelForCausalLM.from_config(config)
-    torch.set_default_dtype(torch.float32)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

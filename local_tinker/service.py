@@ -33,17 +33,30 @@ class ServiceClient:
     Args:
         device: "cuda" or "cpu"; None takes the GPU when there is one.
         quiet: keep notices (fallbacks, dropped rows, decisions) to itself instead of saying each once on stderr.
+        engine: one of your own for this device, instead of the one that this process's clients share.
         deterministic: on a GPU, only kernels whose results repeat bit for bit, for this process from here on (it turns on
             `torch.use_deterministic_algorithms`); they are slower. On a CPU results repeat in any case.
     """
 
-    def __init__(self, *, device: str | None = None, quiet: bool = False, deterministic: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        device: str | None = None,
+        quiet: bool = False,
+        engine: LocalEngine | None = None,
+        deterministic: bool = False,
+    ) -> None:
         if device not in (None, "cuda", "cpu"):
             raise UsageError(f"device must be 'cuda', 'cpu' or None, got {device!r}")
+        if engine is not None:
+            if device not in (None, engine.device.type):
+                raise UsageError(f"the engine given owns {engine.device.type!r} and device={device!r} was asked for")
+            device = engine.device.type
         self.hardware: Hardware = detect(device)
         if device == "cuda" and self.hardware.kind != "cuda":
             raise UsageError("device='cuda' was asked for and no CUDA device was found; run `local-tinker doctor`")
         self._device = device or self.hardware.kind
+        self._own = engine
         self._say = Notices(lambda line: None) if quiet else Notices()
         if deterministic and self._device == "cuda":
             from .engine.determinism import make_deterministic
@@ -103,7 +116,7 @@ class ServiceClient:
         if start is not None:
             _check_base(*start[1:], base, adapter)
             options = _started(options, start[0], engine.linear_paths(base.id))
-        trainer_id = engine.create_trainer(base.id, options, start=None if start is None else start[0])
+        trainer_id = engine.create_trainer(base.id, options, start=None if start is None else start[0], say=self._say)
         return TrainingClient(
             engine,
             base,
@@ -168,7 +181,11 @@ class ServiceClient:
         return SamplingClient(engine, snapshot, base, renderer, trained_on=trained_on, say=self._say)
 
     def close(self) -> None:
-        """Release every model of this process's engine for the device. Clients made from it stop working."""
+        """Release every model of this client's engine, by default the process's for the device. Clients made from it stop
+        working."""
+        if self._own is not None:
+            self._own.release_all()
+            return
         with _ENGINES_LOCK:
             engine = _ENGINES.pop(self._device, None)
         if engine is not None:
@@ -191,7 +208,7 @@ class ServiceClient:
 
         source = resolve(str(name), say=self._say)
         with _ENGINES_LOCK:
-            engine = _ENGINES.setdefault(self._device, LocalEngine(self._device))
+            engine = self._own or _ENGINES.setdefault(self._device, LocalEngine(self._device))
         chosen = dtype or ("bfloat16" if self.hardware.bf16 else "float32")
         base = engine.load_base(str(source.path), name=source.name, quantize=quantize, dtype=chosen, say=self._say)
         return engine, base

@@ -689,11 +689,11 @@ def test_a_failure_in_the_second_micro_batch_of_any_loss_changes_nothing(client,
 
     def fails(*args):
         if next(count) == 1:
-            raise torch.OutOfMemoryError("no memory")
+            raise ValueError("bad")
         return real(*args)
 
     monkeypatch.setattr(module, "loss_terms", fails)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(ValueError):
         call(trainer, calls_of(groups)[name])
     assert same(before, everything(trainer))
     assert memory == (dict(trainer._memory.old_logprobs), dict(trainer._memory.fixed))

@@ -5,6 +5,7 @@ import gc
 import pytest
 
 from local_tinker import ServiceClient
+from local_tinker.engine.local import LocalEngine
 from local_tinker.errors import CheckpointError, ModelError, StateError, UsageError
 from tests.test_training import ROWS, inner
 
@@ -110,6 +111,19 @@ def test_closing_the_service_releases_its_models(tmp_path):
         trainer = make(service, folder)
     with pytest.raises(StateError):
         trainer.forward_backward(ROWS)
+
+
+def test_an_engine_of_ones_own_shares_nothing_and_may_keep_to_the_plain_road(service, tiny_model):
+    with ServiceClient(engine=LocalEngine("cpu", plain_road=True), quiet=True) as other:
+        plain, fast = (s.create_lora_training_client(str(tiny_model), rank=4, quantize=None) for s in (other, service))
+        assert (inner(plain).model.road.name, inner(fast).model.road.name) == ("plain", "fast")
+        assert inner(plain).model is not inner(fast).model
+        assert float(plain.forward_backward(ROWS)) == pytest.approx(float(fast.forward_backward(ROWS)), rel=1e-5)
+    with pytest.raises(StateError):
+        plain.forward_backward(ROWS)
+    fast.optim_step()
+    with pytest.raises(UsageError, match="owns 'cpu' and device='cuda'"):
+        ServiceClient(device="cuda", engine=LocalEngine("cpu"))
 
 
 def test_sampling_from_threads_while_training_gives_each_snapshots_own_answers(service, tiny_model):

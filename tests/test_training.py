@@ -120,7 +120,8 @@ def test_any_cut_into_micro_batches_changes_nothing_but_rounding(client, budget)
 
 def test_recomputed_layers_give_the_same_gradient(client):
     plain, deep = client(), client()
-    inner(deep).budget = replace(inner(deep).budget, recompute=True)
+    budget = inner(deep).budget
+    inner(deep).budget = replace(budget, choice=replace(budget.choice, levels=("layer",) * 2))
     plain.forward_backward(ROWS)
     deep.forward_backward(ROWS)
     assert relative(gradient(deep), gradient(plain)) < 1e-6
@@ -272,7 +273,7 @@ def same(before, after):
 
 
 @pytest.mark.parametrize("pending", [False, True])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt(), ValueError("bad")])
+@pytest.mark.parametrize("error", [RuntimeError("no kernel"), KeyboardInterrupt(), ValueError("bad")])
 @pytest.mark.parametrize("micro_batch", [0, 2])
 def test_a_call_that_fails_midway_changes_nothing(client, monkeypatch, pending, error, micro_batch):
     from local_tinker.engine import trainer as module
@@ -358,13 +359,13 @@ def test_ctrl_c_during_the_step_waits_until_it_is_whole(client, monkeypatch):
     trainer = client()
     state = inner(trainer)
     trainer.forward_backward(ROWS)
-    real = state.optimiser.step
+    real = state.optimiser.prepare
 
     def interrupted(*args, **kwargs):
         signal.raise_signal(signal.SIGINT)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(state.optimiser, "step", interrupted)
+    monkeypatch.setattr(state.optimiser, "prepare", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trainer.optim_step()
     assert trainer.step == 1 and state.window.empty

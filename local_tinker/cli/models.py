@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..engine.memory import GIB, QUANTIZE
+from ..engine.footprint import GIB, QUANTIZE
 from ..errors import UsageError
 from ..hardware import Hardware, detect
 from . import output

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from ..engine.memory import ENGINE_LEVELS, GIB, QUANTIZE, TrainSettings, plan_training
+from ..engine.footprint import GIB, QUANTIZE, TrainSettings
+from ..engine.memory import describe, plan_training
 from ..errors import UsageError
 from ..hardware import detect
 from ..model import catalogue
-from ..recipes.report import choice_line, gib
+from ..recipes.report import gib
 from . import output
 
 
@@ -41,9 +42,7 @@ def plan(
     hardware = None if vram is not None else detect()
     kind, compute = (hardware.kind, 2 if hardware.bf16 else 4) if hardware else ("cuda", 2)
     free = round(vram * GIB) if vram is not None else hardware.free_bytes
-    settings = TrainSettings(
-        kind=kind, rank=rank, quantize=quantize, seq_len=seq_len, compute_bytes=compute, levels=ENGINE_LEVELS
-    )
+    settings = TrainSettings(kind=kind, rank=rank, quantize=quantize, seq_len=seq_len, compute_bytes=compute)
     found = plan_training(dims, settings, free)
     if json:
         answer = {
@@ -52,6 +51,7 @@ def plan(
             "total_bytes": found.total,
             "fits": found.fits,
             "parts": found.parts,
+            "host_bytes": found.host_bytes,
         }
         answer |= {"choice": asdict(found.choice), "levers": [asdict(lever) for lever in found.levers]}
         output.as_json(answer)
@@ -60,8 +60,16 @@ def plan(
     print(f"{model}, {'not quantised' if quantize == 'none' else quantize}, rank {rank}, on {where}\n")
     rows = [(name, gib(size)) for name, size in found.parts.items() if size]
     print(output.table(("PART", "BYTES"), [*rows, ("total", gib(found.total))], right=("BYTES",)))
-    print(f"\n{'fits' if found.fits else 'does not fit'}; {choice_line(found, dims, quantize)}")
+    if found.host_bytes:
+        print(f"and {gib(found.host_bytes)} of host memory")
+    words = describe(found.choice, quantized=quantize != "none")
+    print(f"\n{'fits' if found.fits else 'does not fit'}; choice: {words}")
     if found.levers:
         print("to need less:")
     for lever in found.levers:
-        print(f"  {lever.change}: saves {gib(lever.saves)}")
+        print(f"  {lever.change}: saves {gib(lever.saves)}{_pace(lever.slower)}")
+
+
+def _pace(slower: float | None) -> str:
+    """Predicted change of time."""
+    return "" if slower is None else ", at the same speed" if slower < 0.005 else f", about {slower:.0%} slower"

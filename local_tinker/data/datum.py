@@ -223,9 +223,8 @@ def _check_columns(name: str, key: str, values: np.ndarray, targets: np.ndarray 
 
 
 def _check_ids(name: str, key: str, ids: np.ndarray, vocab_size: int) -> None:
-    wrong = np.argwhere((ids < 0) | (ids >= vocab_size))
-    if len(wrong):
-        place = tuple(int(i) for i in wrong[0])
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        place = tuple(int(i) for i in np.argwhere((ids < 0) | (ids >= vocab_size))[0])
         raise DatasetError(
             f"token id {int(ids[place])} at position {place[0]}; the vocabulary has ids 0 to {vocab_size - 1}",
             path=name, field=key,

@@ -6,7 +6,8 @@ from typing import Any
 
 from ..hardware import Hardware
 from ..model import catalogue
-from .memory import COMFORTABLE_TOKENS, TrainSettings, least_bytes, status
+from .footprint import TrainSettings
+from .memory import COMFORTABLE_TOKENS, least_bytes, status
 
 
 def model_table(

@@ -17,6 +17,7 @@ from ..sampler.decode import Progress, SamplerEngine
 from ..sampler.sequence import Delta, Finished, Request, derive_seed
 from ..types import AdamParams, LossResult, StepResult
 from .base import AdapterOptions, BaseInfo, LossCall, SavedAdapter, Scores, SnapshotInfo, TrainerState, Unit
+from .out_of_memory import until_it_fits
 from .planning import Budget, plan_budget
 from .state import export_state, import_state, require_no_gradients, saved_adapter, state_bytes
 from .step import Weights
@@ -36,10 +37,15 @@ class Snapshot:
 
 
 class LocalEngine:
-    """Owns one device. Verbs of several threads take turns; sampling gives way between tokens."""
+    """Owns one device. Verbs of several threads take turns; sampling gives way between tokens.
 
-    def __init__(self, device: str) -> None:
+    Args:
+        plain_road: every model takes the plain road, transformers' own modules, to compare the fast road with.
+    """
+
+    def __init__(self, device: str, *, plain_road: bool = False) -> None:
         self.device = torch.device(device)
+        self._plain_road = plain_road
         self._turn = Turns()
         self._numbers = itertools.count(1)
         self._bases: dict[str, tuple[LoadedModel, BaseInfo]] = {}
@@ -55,7 +61,9 @@ class LocalEngine:
         with self._turn():
             id = f"{path}|{fingerprint(Path(path))[:12]}|{quantize}|{dtype}"
             if id not in self._bases:
-                model = load_model(path, quantize=quantize, dtype=dtype, device=self.device, say=say)
+                model = load_model(
+                    path, quantize=quantize, dtype=dtype, device=self.device, plain_road=self._plain_road, say=say
+                )
                 self._bases[id] = (model, _info(id, name, model, self.device))
             return self._bases[id][1]
 
@@ -66,15 +74,21 @@ class LocalEngine:
 
     # -- trainers ----------------------------------------------------------------------------------------------------
 
-    def create_trainer(self, base_id: str, options: AdapterOptions, *, start: SavedAdapter | None = None) -> str:
+    def create_trainer(
+        self,
+        base_id: str,
+        options: AdapterOptions,
+        *,
+        start: SavedAdapter | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> str:
         """A fresh adapter, or one continued from saved weights, which then are also the reference of DPO and of KL terms."""
         with self._turn():
             model = self._base(base_id)
             spec = _adapter_spec(model, options, start)
             budget = plan_budget(model, spec, micro_batch_tokens=options.micro_batch_tokens)
-            if budget.hold_weights:
-                model.hold_weights()
-            trainer = Trainer(model, spec, budget)
+            trainer = until_it_fits(lambda: Trainer(model, spec, budget, say=say), step_down=lambda: False)
+            trainer.make_room()
             if start is not None:
                 with torch.no_grad():
                     trainer.adapter.load(trainer.adapter.master, load(start.tensors), what="saved adapter")

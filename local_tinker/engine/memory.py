@@ -1,91 +1,53 @@
-"""The memory plan: bytes of every part of a training step, and what to choose so that they fit. Pure arithmetic.
+"""The memory plan: what a training step should do so that it fits and is fast. Pure: numbers in, a plan out.
 
-Legend: H hidden, F intermediate, Q query width, K key width, L layers, V vocabulary, c bytes of a compute element.
+Of all ways to run a step (tokens of a micro-batch, recompute level of each layer, dequantised weights kept, moments and
+activations parked in host memory, rows of the head) the one with the least predicted time (`cost`) whose predicted peak
+(`footprint`) stays within the memory there is. When the device runs out all the same, `smaller_limit` says what the next
+plan may use. The engine, `local-tinker plan` and `local-tinker models` all read this one.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..errors import UsageError
 from ..model.dims import ModelDims
+from ..model.levels import LEVELS
+from .cost import time_per_token
+from .footprint import (
+    Choice,
+    TrainSettings,
+    cache_bytes,
+    deepest_moment,
+    host_bytes,
+    layer_wide_bytes,
+    standing_parts,
+    total_bytes,
+    training_parts,
+)
 
-GIB = 2**30
-# What a layer keeps for its backward pass, shallowest first: everything; all but the norms' outputs; also without gate
-# and up; also without q, k and v; its input only.
-LEVELS = ("none", "norms", "mlp", "attention_mlp", "layer")
-# What the engine implements of them: a layer keeps everything for its backward pass, or its input only.
-ENGINE_LEVELS = ("none", "layer")
-QUANTIZE = ("4bit", "8bit", "none")
-READY, TIGHT = 0.85, 0.95  # shares of free memory: the rest is for fragmentation and what else runs on the card
-COMFORTABLE_TOKENS = 4096  # below this, launches and dequantisation cost more than the next recompute level
-MIN_TOKENS = 512
+# Share of free memory a plan may fill. The rest is what the allocator loses between blocks; on a CPU also what other
+# programs take meanwhile, since the system ends a process there without asking.
+USABLE = {"cuda": 0.92, "cpu": 0.80}
+TOKENS = (8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512)  # micro-batches that are considered
 MOST_TOKENS = {"cuda": 8192, "cpu": 4096}
-OVERHEAD = {"cuda": 600 * 2**20, "cpu": 500 * 2**20}  # driver context and library workspaces
+LAST_RESORT = 2048  # smaller micro-batches are chosen only where no other way fits
+COMFORTABLE_TOKENS = 4096  # what `models` answers for
 HEAD_ROWS = (2048, 1024, 512, 256)
-HEAD_LOGIT_BYTES = 12  # fp32 logits, their shifted copy and the probabilities are alive at once
-# NF4 with double quantisation: half a byte, one byte of absmax a 64-block, four bytes a 256 of those
-_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """What the user chose, and what the road can do.
-
-    Args:
-        tokens: most tokens of a micro-batch; None: 8,192 on a card, 4,096 on a CPU.
-        seq_len: the longest sequence, which is never cut to fit a micro-batch.
-        compute_bytes: 2 for bf16, 4 for fp32, 8 for fp64.
-        levels: recompute levels the road implements.
-        overhead_bytes: None for the usual overhead of the device; 0 where free memory was measured after start-up.
-    """
-
-    kind: str = "cuda"
-    rank: int = 32
-    quantize: str = "4bit"
-    tokens: int | None = None
-    seq_len: int = 0
-    compute_bytes: int = 2
-    levels: tuple[str, ...] = LEVELS
-    overhead_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.quantize not in QUANTIZE:
-            raise UsageError(f"quantize must be one of {', '.join(QUANTIZE)}, got {self.quantize!r}")
-        if self.kind not in MOST_TOKENS:
-            raise UsageError(f"kind must be cuda or cpu, got {self.kind!r}")
-        if not self.levels or any(level not in LEVELS for level in self.levels):
-            raise UsageError(f"levels must be some of {', '.join(LEVELS)}, got {self.levels!r}")
-        if self.rank < 0 or (self.tokens is not None and self.tokens < 1):
-            raise UsageError(f"rank must be >= 0 and tokens >= 1, got rank={self.rank}, tokens={self.tokens}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """What the engine should do.
-
-    Args:
-        tokens: token budget of a micro-batch (`micro_batch_tokens`).
-        resident_layers: layers whose dequantised weights stay on the device.
-        head_rows: positions of one chunk of the output head.
-    """
-
-    level: str
-    tokens: int
-    resident_layers: int
-    head_rows: int
-
-    @property
-    def micro_batch_tokens(self) -> int:
-        return self.tokens
+SHRINK = 0.65  # of what a plan needs above the least possible, after it ran out of memory
+SAMPLER_SHARE = 0.4  # of the memory left beside the weights, for keys and values
+LEAST_SAMPLER_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Lever:
-    """A way to need less: what to change and the bytes it saves."""
+    """A way to need less: what to change and the bytes it saves; `slower` by how much (0.1: a tenth), None where it is
+    not time that it costs."""
 
     change: str
     saves: int
+    slower: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +56,14 @@ class Plan:
 
     Args:
         parts: name -> bytes; they add up to `total`.
-        fits: the total is within 95 % of free memory.
-        levers: up to three ways to need less, the cheapest in speed and quality first.
+        host_bytes: pinned host memory besides.
+        fits: the total is within the memory it was made for.
+        levers: up to three ways to need less; those that change no result come first, the cheapest in time first.
     """
 
     choice: Choice
     parts: dict[str, int]
+    host_bytes: int
     fits: bool
     levers: tuple[Lever, ...]
 
@@ -109,168 +73,198 @@ class Plan:
 
 
 def plan_training(dims: ModelDims, settings: TrainSettings, free_bytes: int) -> Plan:
-    """Choose recompute level, micro-batch and residency for `free_bytes`, and say where every byte goes.
+    """The fastest choice within the usable share of `free_bytes`; where nothing fits, the smallest there is."""
+    choice, fits = choose(dims, settings, usable_bytes(settings, free_bytes))
+    return Plan(
+        choice=choice,
+        parts=training_parts(dims, settings, choice),
+        host_bytes=host_bytes(dims, settings, choice),
+        fits=fits,
+        levers=_levers(dims, settings, choice),
+    )
 
-    The first level, shallowest first, at which a comfortable micro-batch stays within 85 % of free memory is taken;
-    where none does, the deepest one with as many tokens as 95 % allows.
+
+def usable_bytes(settings: TrainSettings, free_bytes: int) -> int:
+    return int(USABLE[settings.kind] * free_bytes)
+
+
+def choose(dims: ModelDims, settings: TrainSettings, limit: int) -> tuple[Choice, bool]:
+    """The fastest choice whose peak stays within `limit` bytes and True; the smallest and False where there is none."""
+
+    def rank(choice: Choice) -> tuple[bool, float, int]:
+        time = time_per_token(dims, settings, choice)
+        return choice.tokens < LAST_RESORT, time, total_bytes(dims, settings, choice)
+
+    found = min(_candidates(dims, settings, limit), key=rank, default=None)
+    return (found, True) if found is not None else (_least(dims, settings), False)
+
+
+def smaller_limit(dims: ModelDims, settings: TrainSettings, failed: Choice) -> int | None:
+    """Bytes the next choice may use after `failed` ran out of memory, or None when nothing smaller is left.
+
+    What it needed above the least possible shrinks by a third, so that a few tries lead from the fastest plan to the
+    smallest.
     """
-    choice, fits = _choose(dims, settings, free_bytes)
-    parts = training_parts(dims, settings, choice)
-    return Plan(choice=choice, parts=parts, fits=fits, levers=_levers(dims, settings, choice))
+    needed, least = total_bytes(dims, settings, failed), total_bytes(dims, settings, _least(dims, settings))
+    return None if needed <= least else least + int(SHRINK * (needed - least))
 
 
 def status(dims: ModelDims, free_bytes: int, settings: TrainSettings | None = None) -> str:
-    """Ready: a 4,096-token step stays within 85 % of free memory. Tight: a 512-token one within 95 %. Else OOM."""
+    """Ready: a step of 4,096 tokens fits. Tight: one of 512 does. Else OOM."""
     settings = settings or TrainSettings()
-    if least_bytes(dims, settings, COMFORTABLE_TOKENS) <= READY * free_bytes:
+    usable = usable_bytes(settings, free_bytes)
+    if least_bytes(dims, settings, COMFORTABLE_TOKENS) <= usable:
         return "ready"
-    return "tight" if least_bytes(dims, settings, MIN_TOKENS) <= TIGHT * free_bytes else "OOM"
+    return "tight" if least_bytes(dims, settings, TOKENS[-1]) <= usable else "OOM"
 
 
 def least_bytes(dims: ModelDims, settings: TrainSettings, tokens: int) -> int:
     """Peak of a step of `tokens` with every memory saver on."""
-    choice = Choice(level=_deepest(settings), tokens=tokens, resident_layers=0, head_rows=HEAD_ROWS[-1])
-    return sum(training_parts(dims, settings, choice).values())
+    return total_bytes(dims, settings, _least(dims, replace(settings, tokens=tokens, fewer=False)))
 
 
-def sampler_bytes(dims: ModelDims, rows: int, tokens: int, *, compute_bytes: int = 2) -> int:
-    """Key and value cache of `rows` sequences of `tokens` positions: 2 c L K each."""
-    return 2 * compute_bytes * dims.layers * dims.key * rows * tokens
+def sampler_tokens(dims: ModelDims, settings: TrainSettings, free_bytes: int, *, most: int) -> int:
+    """Positions the sampler's cache may hold beside the weights, `most` at the outside."""
+    parts = standing_parts(dims, settings, Choice(tokens=0, levels=()))
+    spare = max(0, free_bytes - parts["base weights"] - parts["embeddings and head"])
+    fit = int(SAMPLER_SHARE * spare) // cache_bytes(dims, 1, 1, compute_bytes=settings.compute_bytes)
+    return max(LEAST_SAMPLER_TOKENS, min(fit, most))
 
 
-def saved_bytes(dims: ModelDims, level: str, *, compute_bytes: int = 2) -> int:
-    """Bytes a token and layer keeps for the backward pass.
-
-    x and the second residual 2H, their norms 2H, q and the attention output 2Q, k and v 2K, gate and up 2F; fp32: one
-    scale for each norm and the log-sum-exp of each head.
-    """
-    h, f, q, k = dims.hidden, dims.intermediate, dims.query, dims.key
-    scales = 2 * 4 + 4 * dims.heads
-    return {
-        "none": compute_bytes * (4 * h + 2 * q + 2 * k + 2 * f) + scales,
-        "norms": compute_bytes * (2 * h + 2 * q + 2 * k + 2 * f) + scales,
-        "mlp": compute_bytes * (2 * h + 2 * q + 2 * k) + scales,
-        "attention_mlp": compute_bytes * (2 * h + q) + scales,
-        "layer": compute_bytes * h,
-    }[level]
+# -- choosing ----------------------------------------------------------------------------------------------------------
 
 
-def live_bytes(dims: ModelDims, *, compute_bytes: int = 2) -> int:
-    """Bytes a token needs once: final hidden states and gradients 3H, and the tensors of the layer in backward."""
-    h, f, q, k = dims.hidden, dims.intermediate, dims.query, dims.key
-    return compute_bytes * (3 * h + 6 * h + 3 * q + 4 * k + 4 * f)
+def _candidates(dims: ModelDims, settings: TrainSettings, limit: int) -> Iterator[Choice]:
+    """For every micro-batch, head chunk and place of the moments: the shallowest levels that fit, then residency."""
+    ladder = _ladder(_levels(settings), dims.layers)
+    for parked in (False, True) if settings.kind == "cuda" else (False,):
+        for tokens in _token_budgets(settings):
+            for rows in HEAD_ROWS:
+                start = Choice(tokens=tokens, levels=ladder[0], head_rows=rows, parked_moments=parked)
+                choice = _shallowest(dims, settings, limit, start, ladder)
+                if choice is not None:
+                    yield _with_residency(dims, settings, choice, limit)
 
 
-def base_bytes(dims: ModelDims, quantize: str, *, compute_bytes: int = 2) -> int:
-    """The frozen weights without embeddings and head; norms and biases are never quantised."""
-    outs = dims.layers * sum(o for _, o in dims.projections.values())
-    linear = {
-        "4bit": _NF4 * dims.linear_params,
-        "8bit": dims.linear_params + 4 * outs,  # one fp32 scale a row
-        "none": compute_bytes * dims.linear_params,
-    }[quantize]
-    return round(linear) + compute_bytes * dims.small_params
+def _token_budgets(settings: TrainSettings) -> list[int]:
+    """Micro-batches that may be chosen, largest first, none below the longest sequence."""
+    wanted = settings.tokens or MOST_TOKENS[settings.kind]
+    fewer = settings.tokens is None or settings.fewer
+    budgets = [wanted, *(tokens for tokens in TOKENS if tokens < wanted and fewer)]
+    return sorted({max(tokens, settings.seq_len) for tokens in budgets}, reverse=True)
 
 
-def training_parts(dims: ModelDims, settings: TrainSettings, choice: Choice) -> dict[str, int]:
-    """Bytes of every part at the peak of a step with this choice."""
-    c, lora = settings.compute_bytes, dims.lora_params(settings.rank)
-    quantized = settings.quantize != "none"
-    dense = c * dims.linear_params // dims.layers
-    scratch = 2 * c * dims.hidden * dims.intermediate if quantized and choice.resident_layers < dims.layers else 0
-    overhead = OVERHEAD[settings.kind] if settings.overhead_bytes is None else settings.overhead_bytes
-    # CPUs have no bf16 product with fp32 output, so the head is widened there
-    widened = 4 * dims.vocab * dims.hidden if settings.kind == "cpu" and c == 2 else 0
-    saved = dims.layers * saved_bytes(dims, choice.level, compute_bytes=c)
-    return {
-        "base weights": base_bytes(dims, settings.quantize, compute_bytes=c),
-        "embeddings and head": c * dims.embedding_params + widened,
-        "adapter": (max(4, c) + (c if c < 4 else 0)) * lora,
-        "adapter gradient": max(4, c) * lora,
-        "optimizer": 2 * max(4, c) * lora,
-        "activations": choice.tokens * saved,
-        "live layer": choice.tokens * live_bytes(dims, compute_bytes=c),
-        "attention workspace": choice.tokens * 4 * dims.query,
-        "head chunk": choice.head_rows * dims.vocab * HEAD_LOGIT_BYTES,
-        "dequantisation": scratch,
-        "resident weights": choice.resident_layers * dense,
-        "overhead": overhead,
-    }
+def _levels(settings: TrainSettings) -> list[str]:
+    """Those that may be chosen, shallowest first. Parking needs a device whose memory is not the host's."""
+    usable = [level for level in settings.levels if level != "offload" or settings.kind == "cuda"]
+    return sorted(usable or ["layer"], key=LEVELS.index)
 
 
-def _deepest(settings: TrainSettings) -> str:
-    return max(settings.levels, key=LEVELS.index)
+def _ladder(levels: list[str], layers: int) -> list[tuple[str, ...]]:
+    """Levels of all layers, from the shallowest to the deepest, one more layer one level deeper at a time."""
+    steps = [(levels[0],) * layers]
+    for shallow, deep in zip(levels, levels[1:], strict=False):
+        steps += [(deep,) * count + (shallow,) * (layers - count) for count in range(1, layers + 1)]
+    return steps
 
 
-def _head_rows(dims: ModelDims, free_bytes: int) -> int:
-    """The most rows whose chunk stays within 1/32 of memory; few rows cost the head about a tenth of its time."""
-    for rows in HEAD_ROWS:
-        if rows * dims.vocab * HEAD_LOGIT_BYTES <= free_bytes / 32:
-            return rows
-    return HEAD_ROWS[-1]
+def _shallowest(
+    dims: ModelDims, settings: TrainSettings, limit: int, start: Choice, ladder: list[tuple[str, ...]]
+) -> Choice | None:
+    """The first step of the ladder that fits, by bisection: each needs less than the one before it."""
+    room = limit - sum(standing_parts(dims, settings, start).values())
+    low, high = 0, len(ladder)
+    while low < high:
+        middle = (low + high) // 2
+        choice = replace(start, levels=ladder[middle])
+        if sum(deepest_moment(dims, settings, choice).values()) <= room:
+            high = middle
+        else:
+            low = middle + 1
+    if low == len(ladder):
+        return None
+    choice = replace(start, levels=ladder[low])
+    return choice if _host_has_room(dims, settings, choice) else None
 
 
-def _choose(dims: ModelDims, settings: TrainSettings, free_bytes: int) -> tuple[Choice, bool]:
-    rows = _head_rows(dims, free_bytes)
-    wanted = max(settings.tokens or MOST_TOKENS[settings.kind], settings.seq_len)
-    enough = max(min(wanted, COMFORTABLE_TOKENS), settings.seq_len)
-    least = min(enough, max(MIN_TOKENS, settings.seq_len))
-    deepest = _deepest(settings)
-    tries = [(level, rows) for level in sorted(settings.levels, key=LEVELS.index)]
-    for level, head_rows in [*tries, (deepest, HEAD_ROWS[-1])]:
-        most = _most_tokens(dims, settings, level, head_rows, READY * free_bytes)
-        if most >= enough:
-            tokens = _whole(min(wanted, most), enough)
-            choice = Choice(level=level, tokens=tokens, resident_layers=0, head_rows=head_rows)
-            return _with_residency(dims, settings, choice, free_bytes), True
-    most = _most_tokens(dims, settings, deepest, HEAD_ROWS[-1], TIGHT * free_bytes)
-    tokens = _whole(min(wanted, max(most, least)), least)
-    return Choice(level=deepest, tokens=tokens, resident_layers=0, head_rows=HEAD_ROWS[-1]), most >= least
+def _host_has_room(dims: ModelDims, settings: TrainSettings, choice: Choice) -> bool:
+    return settings.host_bytes is None or host_bytes(dims, settings, choice) <= settings.host_bytes
 
 
-def _most_tokens(dims: ModelDims, settings: TrainSettings, level: str, rows: int, budget: float) -> int:
-    """The tokens that fit a budget."""
-
-    def total(tokens: int) -> int:
-        choice = Choice(level=level, tokens=tokens, resident_layers=0, head_rows=rows)
-        return sum(training_parts(dims, settings, choice).values())
-
-    fixed = total(0)
-    return max(0, int((budget - fixed) / (total(1) - fixed)))
-
-
-def _whole(tokens: int, least: int) -> int:
-    """Down to a multiple of 64, which makes faster matrix products, but not below `least`."""
-    return max(tokens // 64 * 64, least)
-
-
-def _with_residency(dims: ModelDims, settings: TrainSettings, choice: Choice, free_bytes: int) -> Choice:
+def _with_residency(dims: ModelDims, settings: TrainSettings, choice: Choice, limit: int) -> Choice:
+    """Spend what is left on dequantised weights. They buy the least time a byte, so they come last."""
     if settings.quantize == "none":
         return choice
-    parts = training_parts(dims, settings, choice)
-    layer = settings.compute_bytes * dims.linear_params // dims.layers
-    spare = READY * free_bytes - sum(parts.values())
-    return replace(choice, resident_layers=max(0, min(dims.layers, int(spare / layer))))
+    every = replace(choice, resident_layers=dims.layers)  # needs no room to dequantise in
+    if total_bytes(dims, settings, every) <= limit:
+        return every
+    spare = limit - total_bytes(dims, settings, choice)
+    return replace(choice, resident_layers=min(dims.layers - 1, spare // layer_wide_bytes(dims, settings)))
+
+
+def _least(dims: ModelDims, settings: TrainSettings) -> Choice:
+    """Every memory saver on. A model of few layers is smaller without offload, which needs two buffers."""
+    tokens = _token_budgets(settings)[-1]
+    choices = [
+        Choice(tokens=tokens, levels=(level,) * dims.layers, head_rows=HEAD_ROWS[-1], parked_moments=parked)
+        for level in _levels(settings)
+        for parked in ((False, True) if settings.kind == "cuda" else (False,))
+    ]
+    allowed = [choice for choice in choices if _host_has_room(dims, settings, choice)]
+    return min(allowed or choices, key=lambda choice: total_bytes(dims, settings, choice))
+
+
+# -- what to say -------------------------------------------------------------------------------------------------------
+
+
+def describe(choice: Choice, *, quantized: bool) -> str:
+    """The choice in words."""
+    words = [f"micro-batches of {choice.tokens:,} tokens"]
+    levels = Counter(choice.levels)
+    if set(levels) == {"norms"}:
+        words.append("activations kept")
+    elif len(levels) == 1:
+        words.append(f"recompute level {choice.levels[0]!r}")
+    else:
+        words.append("recompute levels " + ", ".join(f"{level!r} ({count} layers)" for level, count in levels.items()))
+    if quantized:
+        words.append(f"{choice.resident_layers} of {len(choice.levels)} layers held dequantised")
+    if choice.parked_moments:
+        words.append("moments in host memory")
+    return ", ".join(words)
 
 
 def _levers(dims: ModelDims, settings: TrainSettings, choice: Choice) -> tuple[Lever, ...]:
-    def saves(other_settings: TrainSettings, other: Choice) -> int:
-        return before - sum(training_parts(dims, other_settings, other).values())
-
-    before = sum(training_parts(dims, settings, choice).values())
-    deeper = [level for level in LEVELS[LEVELS.index(choice.level) + 1 :] if level in settings.levels]
+    """Changes of the choice, which cost time only, the cheapest byte first; then what only the user can give up."""
+    before, time = total_bytes(dims, settings, choice), time_per_token(dims, settings, choice)
+    ways = {"no dequantised weights kept": replace(choice, resident_layers=0)}
+    for level in _levels(settings):
+        if LEVELS.index(level) > LEVELS.index(choice.levels[-1]):
+            ways[f"every layer at recompute level {level!r}"] = replace(choice, levels=(level,) * dims.layers)
+            break
+    if settings.kind == "cuda":
+        ways["moments in host memory"] = replace(choice, parked_moments=True)
     half = max(choice.tokens // 2, settings.seq_len)
-    levers = [Lever("keep no dequantised weights resident", saves(settings, replace(choice, resident_layers=0)))]
-    for level in deeper[:1]:
-        levers.append(Lever(f"recompute level {level!r}", saves(settings, replace(choice, level=level))))
-    levers.append(Lever(f"micro-batches of {half:,} tokens", saves(settings, replace(choice, tokens=half))))
+    if half >= TOKENS[-1]:
+        ways[f"micro-batches of {half:,} tokens"] = replace(choice, tokens=half)
+    own = [
+        Lever(change, before - total_bytes(dims, settings, other), time_per_token(dims, settings, other) / time - 1)
+        for change, other in ways.items()
+    ]
+    own = sorted((lever for lever in own if lever.saves > 0), key=lambda lever: lever.slower / lever.saves)
+    return (*own, *_sacrifices(dims, settings, choice))[:3]
+
+
+def _sacrifices(dims: ModelDims, settings: TrainSettings, choice: Choice) -> list[Lever]:
+    ways = {}
     if settings.quantize != "4bit":
-        levers.append(Lever('quantize="4bit"', saves(replace(settings, quantize="4bit"), choice)))
+        ways['quantize="4bit"'] = replace(settings, quantize="4bit"), choice
     if settings.seq_len > choice.tokens // 2:  # then it is the sequence that keeps the micro-batch long
-        shorter = settings.seq_len // 2
-        levers.append(Lever(f"max_length={shorter}", saves(settings, replace(choice, tokens=shorter))))
+        short = settings.seq_len // 2
+        ways[f"max_length={short}"] = replace(settings, seq_len=short), replace(choice, tokens=short)
     for rank in (settings.rank // 2, settings.rank // 4):
-        if rank < 1:
-            continue
-        levers.append(Lever(f"rank={rank}", saves(replace(settings, rank=rank), choice)))
-    return tuple(lever for lever in levers if lever.saves > 0)[:3]
+        if rank >= 1:
+            ways[f"rank={rank}"] = replace(settings, rank=rank, adapter_params=None), choice
+    before = total_bytes(dims, settings, choice)
+    levers = [Lever(change, before - total_bytes(dims, *other)) for change, other in ways.items()]
+    return [lever for lever in levers if lever.saves > 0]

@@ -2,84 +2,147 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
 from ..hardware import memory
 from ..model.adapter import AdapterSpec
+from ..model.dims import ModelDims
+from ..model.levels import LEVELS
 from ..model.load import LoadedModel
-from .memory import ENGINE_LEVELS, Plan, TrainSettings, plan_training, sampler_bytes
+from .memory import Choice, TrainSettings, choose, describe, sampler_tokens, smaller_limit, usable_bytes
 
-SAMPLER_SHARE = 0.4  # of the memory left, for keys and values; training buffers take the rest when they come back
-MAX_ROWS = {"cuda": 256, "cpu": 64}
+MAX_ROWS = {"cuda": 256, "cpu": 64}  # samples decoded together
+PINNED_SHARE = 0.5  # of free host memory, for parked moments and activations
+PLAIN_LEVELS = ("norms", "layer")  # autograd keeps everything, or the layer is run again
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the plan came to.
+    """The plan for one adapter on one model, and what it was made from, so that it can be made anew.
 
     Attributes:
-        micro_batch_tokens: most tokens of one micro-batch.
-        head_rows: rows of full logits that exist at a time.
-        recompute: run each layer again in backward instead of keeping its activations.
-        hold_weights: keep dequantised copies of the base.
+        limit: bytes a step may use, the model's weights included.
+        choice: what to do with micro-batches of up to `micro_batch_tokens`.
         sampler_rows, sampler_tokens: samples decoded together, and tokens their cache may hold.
     """
 
-    plan: Plan
-    micro_batch_tokens: int
-    head_rows: int
-    recompute: bool
-    hold_weights: bool
+    dims: ModelDims
+    settings: TrainSettings
+    limit: int
+    choice: Choice
     sampler_rows: int
     sampler_tokens: int
 
+    @property
+    def micro_batch_tokens(self) -> int:
+        return self.choice.tokens
 
-def plan_budget(model: LoadedModel, spec: AdapterSpec | None, *, micro_batch_tokens: int | None) -> Budget:
+    @property
+    def hold_weights(self) -> bool:
+        return self.choice.resident_layers == self.dims.layers
+
+    def choice_for(self, tokens: int) -> Choice:
+        """The choice for a micro-batch of `tokens`. A document longer than the others' budget is never cut; it gets a
+        choice of its own within the same memory."""
+        if tokens <= self.choice.tokens:
+            return self.choice
+        return _choose(self.dims, _of_length(self.settings, tokens), self.limit)
+
+    def smaller(self, longest: int) -> Budget | None:
+        """What to try after a call whose longest unit has `longest` tokens ran out of memory; None: nothing is left."""
+        tried = [(self.settings, self.choice)]
+        if longest > self.choice.tokens:
+            tried.insert(0, (_of_length(self.settings, longest), self.choice_for(longest)))
+        limits = [smaller_limit(self.dims, settings, choice) for settings, choice in tried]
+        limit = next((limit for limit in limits if limit is not None), None)
+        if limit is None:
+            return None
+        settings = replace(self.settings, fewer=True)
+        choice = _choose(self.dims, settings, limit)
+        # What would have to be allocated first is not part of a way out.
+        choice = replace(
+            choice,
+            resident_layers=min(choice.resident_layers, self.choice.resident_layers),
+            parked_moments=choice.parked_moments or self.choice.parked_moments,
+        )
+        return replace(self, settings=settings, limit=limit, choice=choice)
+
+    def within(self, limit: int) -> Budget:
+        """The same for another amount of memory, the model's weights included."""
+        return replace(self, limit=limit, choice=_choose(self.dims, self.settings, limit))
+
+    def recut(self, tokens: int, head_rows: int) -> Budget:
+        """The best plan for this memory that cuts as a saved state did: the cut decides how sums are rounded."""
+        settings = replace(self.settings, tokens=tokens)
+        choice = replace(_choose(self.dims, settings, self.limit), tokens=tokens, head_rows=head_rows)
+        return replace(self, settings=settings, choice=choice)
+
+    def describe(self) -> str:
+        return describe(self.choice, quantized=self.settings.quantize != "none")
+
+
+def plan_budget(
+    model: LoadedModel, spec: AdapterSpec | None, *, micro_batch_tokens: int | None, free_bytes: int | None = None
+) -> Budget:
     """Plan for a model that is already on the device, next to whatever else is there.
 
     Args:
         spec: the adapter to train; None plans for sampling alone.
         micro_batch_tokens: the user's choice; None leaves it to the plan.
+        free_bytes: what may be used beside the model's own weights; None: what the device has free now.
     """
-    dims = model.dims
-    kind = model.device.type
+    dims, kind = model.dims, model.device.type
     settings = TrainSettings(
         kind=kind,
         rank=0 if spec is None else spec.rank,
         quantize=model.quantize or "none",
         tokens=micro_batch_tokens,
         compute_bytes=model.dtype.itemsize,
-        levels=ENGINE_LEVELS,
-        overhead_bytes=0,
+        levels=PLAIN_LEVELS if model.fast is None else LEVELS,
+        adapter_params=0 if spec is None else spec.numel,
+        plain=model.fast is None,
+        started=True,
+        host_bytes=int(PINNED_SHARE * memory()[1]) if kind == "cuda" else None,
     )
+    if free_bytes is None:
+        free_bytes = _free_bytes(model.device) + _dense_bytes(model)
     loaded = sum(linear.nbytes() for linear in model.projections.values()) + model.head.weight.nbytes
-    held = sum(linear.held for linear in model.projections.values())
-    free = _free_bytes(model.device) + loaded + (_dense_bytes(model) if held else 0)
-    plan = plan_training(dims, settings, free)
-    spare = max(0, free - plan.parts["base weights"] - plan.parts["embeddings and head"])
-    per_token = sampler_bytes(dims, 1, 1, compute_bytes=model.dtype.itemsize)
-    tokens = max(4096, min(int(SAMPLER_SHARE * spare) // per_token, MAX_ROWS[kind] * model.max_positions))
+    limit = loaded + usable_bytes(settings, free_bytes)
+    most = MAX_ROWS[kind] * model.max_positions
     return Budget(
-        plan=plan,
-        micro_batch_tokens=micro_batch_tokens or plan.choice.tokens,
-        head_rows=plan.choice.head_rows,
-        recompute=plan.choice.level == "layer",
-        hold_weights=plan.choice.resident_layers == dims.layers,
+        dims=dims,
+        settings=settings,
+        limit=limit,
+        choice=_choose(dims, settings, limit),
         sampler_rows=MAX_ROWS[kind],
-        sampler_tokens=tokens,
+        sampler_tokens=sampler_tokens(dims, settings, loaded + free_bytes, most=most),
     )
+
+
+@lru_cache(maxsize=256)
+def _choose(dims: ModelDims, settings: TrainSettings, limit: int) -> Choice:
+    return choose(dims, settings, limit)[0]
+
+
+def _of_length(settings: TrainSettings, tokens: int) -> TrainSettings:
+    return replace(settings, tokens=tokens, seq_len=tokens, fewer=False)
 
 
 def _dense_bytes(model: LoadedModel) -> int:
+    """Dequantised weights held now, which the new plan decides about anew."""
     size = model.dtype.itemsize
     return sum(size * linear.in_features * linear.out_features for linear in model.projections.values() if linear.held)
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Bytes a new tensor could take: free on the card plus what torch's allocator holds unused."""
+    """Bytes a new tensor could take: free on the card, within the share of it that torch's allocator is held to, plus what
+    that allocator holds unused."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return max(0, min(free, allowed - reserved)) + reserved - torch.cuda.memory_allocated(device)
     return memory()[1]

@@ -109,7 +109,7 @@ def export_state(trainer: Trainer) -> TrainerState:
         "calls": trainer.calls,
         "uid": trainer.lineage,
         "micro_batch_tokens": trainer.budget.micro_batch_tokens,
-        "head_rows": trainer.budget.head_rows,
+        "head_rows": trainer.budget.choice.head_rows,
         "seed": trainer.spec.seed,
         "value_head": trainer.value is not None,
         "reference": trainer.reference is not None,
@@ -160,8 +160,7 @@ def import_state(trainer: Trainer, state: TrainerState, *, keep_cut: bool = Fals
         trainer.calls, trainer.uid, trainer.loaded_step = state.meta["calls"], state.meta["uid"], state.meta["step"]
         trainer.branch = uuid.uuid4().hex[:12]
         if not keep_cut:
-            cut = {name: state.meta[name] for name in ("micro_batch_tokens", "head_rows")}
-            trainer.budget = replace(trainer.budget, **cut)
+            trainer.budget = trainer.budget.recut(state.meta["micro_batch_tokens"], state.meta["head_rows"])
 
 
 def _restore(optimiser: FlatAdamW, m: Tensor, v: Tensor, count: Tensor) -> None:

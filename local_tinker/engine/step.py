@@ -18,7 +18,7 @@ from ..losses.base import LossData, LossInputs, LossSpec, LossTerms, Metric, com
 from ..model.attention import VarlenCausal
 from ..model.head import CHUNK, target_logprobs
 from ..model.load import LoadedModel
-from ..model.lora import LoraDropout, LoraPair
+from ..model.lora import LoraDropout, LoraPair, gradient_leaf
 from .base import Unit
 
 
@@ -40,6 +40,14 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Gradients:
+    """Where a pass adds its gradients of sums: by module path for the adapter, (H + 1,) for the value head."""
+
+    adapter: Mapping[str, LoraPair]
+    value: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where a micro-batch's rows belong, on the host: per document its index in the call, its length and its rows."""
 
@@ -53,7 +61,8 @@ class MicroBatch:
     """Documents one after the other, with everything the pass needs already on the device.
 
     Attributes:
-        tokens, positions: (N,). lengths: of each document. rows: (M,) positions whose log-probs the loss reads.
+        tokens, positions: (N,). lengths: of each document. attend: keeps each document to itself.
+        rows: (M,) positions whose log-probs the loss reads.
         targets: (M,) or (M, K). fields: name -> (M,) or (M, K). segments: (M,) document of each row.
         pairs: (P, 2) documents of each preference pair, or None.
     """
@@ -61,6 +70,7 @@ class MicroBatch:
     tokens: Tensor
     positions: Tensor
     layout: Layout
+    attend: VarlenCausal
     rows: Tensor
     targets: Tensor
     fields: dict[str, Tensor]
@@ -116,7 +126,9 @@ def micro_batch(units: Sequence[Unit], chosen: Sequence[int], spec: LossSpec, *,
     lengths = tuple(len(t) for t in tokens)
 
     def put(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
+        host = torch.from_numpy(np.concatenate(parts))
+        # from pageable memory the copy would make the host wait for everything queued before it
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
     packed = {name: put(column) for name, column in fields.items()}
     pair_ids = _pairs([len(units[u]) for u in chosen])
@@ -124,11 +136,12 @@ def micro_batch(units: Sequence[Unit], chosen: Sequence[int], spec: LossSpec, *,
         tokens=put(tokens),
         positions=put([np.arange(n, dtype=np.int64) for n in lengths]),
         layout=Layout(tuple(index for index, _ in datums), lengths, tuple(spans)),
+        attend=VarlenCausal([0, *np.cumsum(lengths).tolist()], device),
         rows=put(rows),
         targets=packed.pop("target_tokens"),
         fields=packed,
         segments=put(segments),
-        pairs=None if pair_ids is None else torch.from_numpy(pair_ids).to(device),
+        pairs=None if pair_ids is None else put([pair_ids]),
     )
 
 
@@ -157,20 +170,30 @@ def run_forward(
     needs: frozenset[str] = frozenset(),
     reference: Weights | None = None,
     value_head: Tensor | None = None,
-    recompute: bool = False,
+    gradients: Gradients | None = None,
+    levels: Sequence[str] | None = None,
     dropout: LoraDropout | None = None,
     head_rows: int = CHUNK,
 ) -> LossInputs:
     """The model over one micro-batch: log-probs of the targets and what else the loss `needs`.
 
     The reference runs over the same micro-batch through the same kernels, so equal weights give equal bits.
+
+    Args:
+        gradients: where a backward of the result adds to; None builds no graph.
     """
-    hidden = _hidden(model, micro, weights, recompute=recompute, dropout=dropout)
+    sink = None if gradients is None else gradients.adapter
+    hidden = _hidden(model, micro, weights, levels=levels, dropout=dropout, sink=sink)
+    pair = weights.head
+    if gradients is not None and pair is not None:
+        pair = tuple(map(gradient_leaf, pair, sink[weights.head_path]))
+    if gradients is not None and gradients.value is not None:
+        value_head = gradient_leaf(value_head, gradients.value)
     logprobs, entropy = target_logprobs(
         hidden,
         model.head,
         micro.targets,
-        pair=weights.head,
+        pair=pair,
         lora_scale=weights.scale,
         entropy="entropy" in needs,
         chunk=head_rows,
@@ -195,21 +218,22 @@ def _hidden(
     micro: MicroBatch,
     weights: Weights,
     *,
-    recompute: bool = False,
+    levels: Sequence[str] | None = None,
     dropout: LoraDropout | None = None,
+    sink: Mapping[str, LoraPair] | None = None,
 ) -> Tensor:
     """Final hidden states of the rows the loss reads, (M, H)."""
-    cu_seqlens = [0, *np.cumsum(micro.lengths).tolist()]
-    hidden = model.road.hidden(
+    return model.road.hidden(
         micro.tokens,
         positions=micro.positions,
-        attend=VarlenCausal(cu_seqlens, model.device),
+        attend=micro.attend,
         pairs=weights.body,
         scale=weights.scale,
-        recompute=recompute,
+        levels=levels,
         dropout=dropout,
+        sink=sink,
+        rows=micro.rows,
     )
-    return hidden[micro.rows]
 
 
 def loss_terms(spec: LossSpec, out: LossInputs, micro: MicroBatch, options: Mapping[str, Any]) -> LossTerms:

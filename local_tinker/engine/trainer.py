@@ -6,9 +6,9 @@ Shapes: P parameters of the adapter, H hidden.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +22,14 @@ from ..model.lora import LoraDropout
 from ..sampler.sequence import derive_seed
 from ..types import AdamParams, LossResult, StepResult
 from .base import LossCall, Scores, Unit
+from .footprint import Choice
 from .interrupts import finish_first
-from .optimiser import SUMS, FlatAdamW, GradientWindow, clip
+from .optimiser import SUMS, FlatAdamW, GradientWindow, WindowBackup, clip
+from .out_of_memory import until_it_fits
 from .planning import Budget
-from .step import MicroBatch, Outcome, Weights, cut, loss_terms, micro_batch, per_datum, record, run_forward
+from .step import Gradients, MicroBatch, Outcome, Weights, cut, loss_terms, micro_batch, per_datum, record, run_forward
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -55,8 +59,10 @@ class Trainer:
         calls: forward_backward calls since the start, which seed dropout.
     """
 
-    def __init__(self, model: LoadedModel, spec: AdapterSpec, budget: Budget) -> None:
-        self.model, self.spec, self.budget = model, spec, budget
+    def __init__(
+        self, model: LoadedModel, spec: AdapterSpec, budget: Budget, *, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.model, self.spec, self.budget, self._say = model, spec, budget, say
         self.adapter = Adapter(spec, dtype=model.dtype, device=model.device)
         self.adapter.initialise()
         self.optimiser = FlatAdamW(self.adapter.master)
@@ -80,10 +86,50 @@ class Trainer:
         """Names these weights: base, adapter, step."""
         return f"{self.model.fingerprint[:8]}/{self.lineage}/{self.step}"
 
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def make_room(self) -> None:
+        """Let the device be as the plan says before the first call."""
+        self._with_room((), lambda: None)
+
+    def _with_room(self, units: Sequence[Unit], attempt: Callable[[], T]) -> T:
+        """Run `attempt` by the plan, and again by a smaller one as long as it runs out of memory.
+
+        An attempt that raises leaves everything as it was, and dropout is seeded by call and datum, so the result is the
+        one of a run that had the smaller plan from the start.
+        """
+        longest = max((sum(datum.length for datum in unit) for unit in units), default=0)
+
+        def run() -> T:
+            self._apply(self.budget.choice_for(longest))
+            return attempt()
+
+        def step_down() -> bool:
+            smaller = self.budget.smaller(longest)
+            if smaller is None:
+                return False
+            self.budget = smaller
+            self._say(f"out of memory; the call is repeated, and from here on there are {smaller.describe()}")
+            return True
+
+        return until_it_fits(run, step_down=step_down)
+
+    def _apply(self, choice: Choice) -> None:
+        """Weights held dequantised and the place of the moments; does nothing where they are so already."""
+        if self.model.quantize is None or choice.resident_layers:
+            layers = None if self.model.quantize is None else choice.resident_layers
+            self.model.hold_weights(layers, rank=self.spec.rank)  # a dense base moves into the projections' own layout
+        else:
+            self.model.release_weights()
+        self.optimiser.park(choice.parked_moments)
+
     # -- passes ------------------------------------------------------------------------------------------------------
 
     def forward_backward(self, call: LossCall) -> LossResult:
         """Add the call's gradient of sums to the window; a failure restores everything."""
+        return self._with_room(call.units, lambda: self._forward_backward(call))
+
+    def _forward_backward(self, call: LossCall) -> LossResult:
         spec = LOSSES[call.loss]
         value, calls = self.value, self.calls
         windows = [self.window] if value is None else [self.window, value.window]
@@ -91,7 +137,7 @@ class Trainer:
         try:
             if "values" in spec.needs(call.options):
                 self.ensure_value_head()
-            outcome = self._backward(call, spec)
+            outcome = self._backward(call, spec, backups)
         except BaseException:
             with finish_first():
                 for window, backup in zip(windows, backups, strict=True):
@@ -100,52 +146,57 @@ class Trainer:
             raise
         return _result(outcome, spec, call)
 
-    def _backward(self, call: LossCall, spec: LossSpec) -> Outcome:
+    def _backward(self, call: LossCall, spec: LossSpec, backups: Sequence[WindowBackup]) -> Outcome:
         key, needs, outcome = _normaliser(spec, call.options), spec.needs(call.options), Outcome()
-        pairs, leaves = self.adapter.leaves()
-        weights = Weights(pairs, self.spec.scale, self.model.head_path)
-        head = self.value.weights.detach().requires_grad_(True) if "values" in needs else None
-        targets = [t for pair in self.adapter.views(self.window.buffer(key)).values() for t in pair]
+        weights = Weights(self.adapter.views(self.adapter.compute), self.spec.scale, self.model.head_path)
+        value = self.value if "values" in needs else None
+        gradients = Gradients(
+            self.adapter.views(self.window.buffer(key)), None if value is None else value.window.buffer(key)
+        )
         for chosen in cut(call.units, budget=self.budget.micro_batch_tokens):
             micro = micro_batch(call.units, chosen, spec, device=self.model.device)
+            choice = self.budget.choice_for(len(micro.tokens))
             out = run_forward(
                 self.model,
                 micro,
                 weights,
                 needs=needs,
                 reference=self.reference_weights() if "reference" in needs else None,
-                value_head=head,
-                recompute=self.budget.recompute,
+                value_head=None if value is None else value.weights,
+                gradients=gradients,
+                levels=choice.levels,
                 dropout=self._dropout(micro),
-                head_rows=self.budget.head_rows,
+                head_rows=choice.head_rows,
             )
+            for backup in backups:
+                backup.wait()
             terms = loss_terms(spec, out, micro, call.options)
-            wanted = leaves if head is None else [*leaves, head]
-            grads = torch.autograd.grad(terms.total, wanted, allow_unused=True)
-            for target, grad in zip(targets, grads[: len(leaves)], strict=True):
-                if grad is not None:
-                    target += grad
-            if head is not None and grads[-1] is not None:
-                self.value.window.buffer(key).add_(grads[-1])
+            terms.total.backward()
             record(outcome, micro, out, terms)
         self.calls += 1
-        for window in [self.window] if head is None else [self.window, self.value.window]:
+        for window in [self.window] if value is None else [self.window, value.window]:
             window.add_weight(key, outcome.weight)
             window.calls += 1
         return outcome
 
-    @torch.no_grad()
     def forward(self, call: LossCall) -> LossResult:
         """The loss without gradient; dropout is off."""
+        return self._with_room(call.units, lambda: self._forward(call))
+
+    @torch.no_grad()
+    def _forward(self, call: LossCall) -> LossResult:
         spec = LOSSES[call.loss]
         outcome = Outcome()
         for micro, out in self._run(call.units, spec, spec.needs(call.options)):
             record(outcome, micro, out, loss_terms(spec, out, micro, call.options))
         return _result(outcome, spec, call)
 
-    @torch.no_grad()
     def score(self, units: Sequence[Unit], *, values: bool, reference: bool) -> Scores:
         """Log-probs of every weighted target, and values and reference log-probs when asked for."""
+        return self._with_room(units, lambda: self._score(units, values=values, reference=reference))
+
+    @torch.no_grad()
+    def _score(self, units: Sequence[Unit], *, values: bool, reference: bool) -> Scores:
         needs = frozenset(name for name, on in (("values", values), ("reference", reference)) if on)
         outcome, count = Outcome(), sum(len(unit) for unit in units)
         for micro, out in self._run(units, LOSSES["sft"], needs):
@@ -173,7 +224,7 @@ class Trainer:
                     needs=needs,
                     reference=reference,
                     value_head=None if value is None else value.weights,
-                    head_rows=self.budget.head_rows,
+                    head_rows=self.budget.choice_for(len(micro.tokens)).head_rows,
                 ),
             )
 
@@ -203,20 +254,24 @@ class Trainer:
         """Divide the window's sums, clip, AdamW, clear. Interrupts wait until it is whole."""
         if self.window.empty:
             raise StateError("optim_step with nothing accumulated: call forward_backward first")
-        with torch.no_grad(), finish_first():
-            value = self.value if self.value is not None and not self.value.window.empty else None
-            gradients = [self.window.gradient()]
-            if value is not None:
-                gradients.append(value.window.gradient())
+        settings = [(self.optimiser, self.window, params)]
+        if self.value is not None and not self.value.window.empty:
+            own = replace(params, learning_rate=value_learning_rate)
+            settings.append((self.value.optimiser, self.value.window, own))
+        return self._with_room((), lambda: self._optim_step(settings, params.grad_clip_norm))
+
+    @torch.no_grad()
+    def _optim_step(
+        self, settings: Sequence[tuple[FlatAdamW, GradientWindow, AdamParams]], max_norm: float
+    ) -> StepResult:
+        with finish_first():
+            factor, norm, bad = clip([window.norm() for _, window, _ in settings], max_norm)
             # Whatever can run out of memory comes before the first thing that changes.
-            gradients, norm, bad = clip(gradients, params.grad_clip_norm)
-            self.optimiser.step(gradients[0], params, bad=bad)
-            if value is not None:
-                value.optimiser.step(gradients[1], replace(params, learning_rate=value_learning_rate), bad=bad)
-                value.window.clear()
+            prepared = [own.prepare(window, params, factor=factor, bad=bad) for own, window, params in settings]
+            count, *_ = [apply() for apply in prepared]
             self.adapter.refresh()
-            self.window.clear()
-            count = self.optimiser.count.clone()
+            for _, window, _ in settings:
+                window.clear()
         return StepResult(lambda: _read_step(norm, bad, count))
 
     def discard_gradients(self) -> None:

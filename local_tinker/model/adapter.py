@@ -103,24 +103,17 @@ class Adapter:
             self.compute.copy_(self.master)
 
     def views(self, flat: Tensor) -> dict[str, LoraPair]:
-        """The pairs of a flat buffer laid out like this adapter, as views."""
-        pairs, at, r = {}, 0, self.spec.rank
-        for path, (o, i) in self.spec.shapes:
-            a = flat[at : at + r * i].view(r, i)
-            at += r * i
-            b = flat[at : at + o * r].view(o, r)
-            at += o * r
-            pairs[path] = (a, b)
-        return pairs
+        """The pairs of a flat buffer laid out like this adapter, as views: every A in the model's order, then every B.
 
-    def leaves(self) -> tuple[dict[str, LoraPair], list[Tensor]]:
-        """Pairs in the compute type that collect gradients, and the same tensors as a list in the buffer's order."""
-        pairs, flat = {}, []
-        for path, (a, b) in self.views(self.compute).items():
-            pair = (a.detach().requires_grad_(True), b.detach().requires_grad_(True))
-            pairs[path] = pair
-            flat += pair
-        return pairs, flat
+        So the A's of projections that read the same input lie on top of each other, and one product serves them all.
+        """
+        r, shapes = self.spec.rank, self.spec.shapes
+        a_sizes, b_sizes = [r * i for _, (_, i) in shapes], [o * r for _, (o, _) in shapes]
+        parts = flat.split([*a_sizes, *b_sizes])
+        return {
+            path: (a.view(r, i), b.view(o, r))
+            for (path, (o, i)), a, b in zip(shapes, parts[: len(shapes)], parts[len(shapes) :], strict=True)
+        }
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """PEFT's names (without its adapter name) -> views of a flat buffer."""

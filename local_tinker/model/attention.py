@@ -9,9 +9,9 @@ one document (its last L tokens ask).
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError
+from .kernels import KERNEL_DTYPES, triton_ready
+from .kernels.attention import PackedBlocks, attend_packed, attend_packed_backward
 
 ATTENTION_NAME = "local_tinker"
 QUERY_BLOCK = 1024  # rows of soft-capped scores that exist at once
@@ -32,16 +34,6 @@ class Attend(Protocol):
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> Tensor: ...
-
-
-@cache
-def varlen_kernel() -> tuple[Callable[..., Tensor] | None, frozenset[str]]:
-    """torch's variable-length attention and its parameters. Imported at first use on a card: it takes seconds."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # torch before 2.10
-        return None, frozenset()
-    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
 class VarlenCausal:
@@ -59,10 +51,7 @@ class VarlenCausal:
             f"cu_seqlens {self.cu_seqlens} must rise from 0"
         )
         self.max_length = max(lengths)
-        self.device = torch.device(device)
-        # Only the CUDA kernel reads it there; one small copy a micro-batch, not one a layer.
-        on_gpu = self.device.type == "cuda"
-        self.edges = torch.tensor(self.cu_seqlens, dtype=torch.int32, device=device) if on_gpu else None
+        self.blocks = PackedBlocks(self.cu_seqlens, torch.device(device))
 
     def __call__(
         self,
@@ -76,40 +65,105 @@ class VarlenCausal:
         softcap: float | None,
     ) -> Tensor:
         """-> (N, Hq, D)."""
-        if window is not None and window >= self.max_length:
-            window = None
-        if attention_kernel(q.device, q.dtype, q.shape[-1], softcap) == "varlen":
-            varlen_attn, takes = varlen_kernel()
-            extra = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in takes else {}
-            past = -1 if window is None else window - 1
-            return varlen_attn(
-                q,
-                k,
-                v,
-                self.edges,
-                self.edges,
-                self.max_length,
-                self.max_length,
-                scale=scale,
-                window_size=(past, 0),
-                **extra,
-            )
+        window = self._window(window)
+        kernel = attention_kernel(q.device, q.dtype, q.shape[-1], softcap)
+        if kernel == "packed":
+            return _Packed.apply(q, k, v, self.blocks, scale, window, softcap)
+        if kernel == "flash":
+            return self._flash(q, k, v, scale, window)
         outputs = [
             attend_document(q[i:j], k[i:j], v[i:j], scale=scale, window=window, softcap=softcap)
             for i, j in pairwise(self.cu_seqlens)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
+    ) -> tuple[Tensor, Kept]:
+        """-> the same (N, Hq, D), and what `backward` wants besides q, k, v and it."""
+        if attention_kernel(q.device, q.dtype, q.shape[-1], softcap) == "packed":
+            options = dict(scale=scale, window=self._window(window), softcap=softcap)
+            return attend_packed(q, k, v, self.blocks, **options)
+        with torch.enable_grad():
+            leaves = tuple(t.detach().requires_grad_(True) for t in (q, k, v))
+            out = self(0, *leaves, scale=scale, window=window, softcap=softcap)
+        return out.detach(), Graph(out, leaves)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        kept: Kept,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        into: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """Fill `into` with the gradients of q, k and v from that of the output; a graph in `kept` is used up."""
+        if isinstance(kept, Graph):
+            for target, found in zip(into, torch.autograd.grad(kept.out, kept.leaves, dout), strict=True):
+                target.copy_(found)
+            return
+        options = dict(scale=scale, window=self._window(window), softcap=softcap)
+        attend_packed_backward(dout, q, k, v, out, kept, self.blocks, **options, into=into)
+
+    def _window(self, window: int | None) -> int | None:
+        return None if window is None or window >= self.max_length else window
+
+    def _flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """torch's own variable-length flash kernel, which takes fewer key-value heads as they are."""
+        edges = torch.tensor(self.cu_seqlens, dtype=torch.int32, device=q.device)
+        left = -1 if window is None else window - 1
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, edges, edges, self.max_length, self.max_length, 0.0, window is None, False,
+            scale=scale, window_size_left=left, window_size_right=0,
+        )[0]  # fmt: skip
+
+
+class _Packed(torch.autograd.Function):
+    """Our kernels for autograd, which transformers' modules need."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, blocks: PackedBlocks, scale: float, window: int | None, softcap: float | None):
+        ctx.blocks, ctx.options = blocks, dict(scale=scale, window=window, softcap=softcap)
+        q, k, v = (t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous() for t in (q, k, v))
+        out, lse = attend_packed(q, k, v, blocks, **ctx.options)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        q, k, v, out, lse = ctx.saved_tensors
+        into = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        attend_packed_backward(dout.contiguous(), q, k, v, out, lse, ctx.blocks, **ctx.options, into=into)
+        return *into, None, None, None, None
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """An attention that autograd recorded, where no kernel with a backward of its own serves."""
+
+    out: Tensor
+    leaves: tuple[Tensor, Tensor, Tensor]
+
+
+Kept = Graph | Tensor  # or the log-sum-exp (Hq, N)
+
 
 def attention_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None) -> str:
-    """The name of what `VarlenCausal` runs: "varlen", "sdpa per document" or "capped softmax per document"."""
+    """The name of what `VarlenCausal` runs: "packed" (our own), or where that is not served "flash" (torch's), "sdpa per
+    document" or "capped softmax per document"."""
+    half = dtype in KERNEL_DTYPES
+    if half and head_dim <= 256 and triton_ready(device.type):
+        return "packed"
     if softcap is not None:
-        return "capped softmax per document"  # neither kernel can cap
-    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
-    # The kernel takes fewer key-value heads as they are; releases that know `enable_gqa` want to be told.
-    if device.type != "cuda" or not fits:
-        return "sdpa per document"
-    return "varlen" if "window_size" in varlen_kernel()[1] else "sdpa per document"
+        return "capped softmax per document"  # neither of torch's kernels can cap
+    flash = half and device.type == "cuda" and head_dim % 8 == 0 and head_dim <= 256
+    return "flash" if flash else "sdpa per document"
 
 
 def attend_document(

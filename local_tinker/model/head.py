@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .kernels.head import half_over, logit_rows
 from .lora import LoraPair
 
 CHUNK = 1024  # rows; (C, V) fp32 logits of a 128k vocabulary are then 0.5 GiB
@@ -106,29 +107,11 @@ def _chunk_logprobs(z: Tensor, y: Tensor, entropy: bool) -> tuple[Tensor, Tensor
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h: Tensor, head: Head, y: Tensor, entropy: bool, chunk: int):
-        n, k = y.shape
         wide = torch.float64 if h.dtype == torch.float64 else torch.float32
-        logprobs = torch.empty(n, k, device=h.device, dtype=wide)
-        spread = torch.empty(n if entropy else 0, device=h.device, dtype=wide)
-        need = ctx.needs_input_grad[0]
-        mean = torch.empty_like(h) if need else None  # sum_v p_v s_v W_v, or W[y] s_y minus it when K == 1
-        slopes = torch.empty(n, k, device=h.device, dtype=wide) if need and k > 1 else None
-        for start in range(0, n, chunk):
-            rows = slice(start, start + chunk)
-            z = head.logits(h[rows])
-            logprobs[rows], p, chunk_spread = _chunk_logprobs(z, y[rows], entropy)
-            if entropy:
-                spread[rows] = chunk_spread
-            if not need:
-                continue
-            slope = head.slope(z)
-            p *= slope
-            if k == 1:
-                at = slope.gather(1, y[rows]) if torch.is_tensor(slope) else torch.full_like(logprobs[rows], slope)
-                p.neg_().scatter_add_(1, y[rows], at)
-            else:
-                slopes[rows] = slope.gather(1, y[rows]) if torch.is_tensor(slope) else slope
-            mean[rows] = _times_weight(p, head, h.dtype)
+        logprobs = torch.empty(y.shape, device=h.device, dtype=wide)
+        spread = torch.empty(h.shape[0] if entropy else 0, device=h.device, dtype=wide)
+        part = _one_target if y.shape[1] == 1 else _many_targets
+        mean, slopes = part(h, head, y, logprobs, spread if entropy else None, chunk, ctx.needs_input_grad[0])
         ctx.save_for_backward(mean, slopes, y)
         ctx.head = head
         ctx.mark_non_differentiable(spread)
@@ -142,6 +125,53 @@ class _FrozenHead(torch.autograd.Function):
         weight = ctx.head.weight[y].to(grad.dtype)  # (N, K, H)
         dh = torch.einsum("nk,nkh->nh", grad * slopes, weight) - grad.sum(1, keepdim=True) * mean.to(grad.dtype)
         return dh.to(mean.dtype), None, None, None, None
+
+
+def _one_target(h, head: Head, y, logprobs, spread, chunk: int, need: bool) -> tuple[Tensor | None, None]:
+    """Fill log-probs and entropy; returns d logprob / d h (N, H)."""
+    gradient = torch.empty_like(h) if need else None
+    for start in range(0, h.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        z = head.raw(h[rows])
+        g = _gradient_room(z, head, h.dtype) if need else None
+        logit_rows(
+            z,
+            y[rows, 0],
+            scale=head.scale,
+            softcap=head.softcap,
+            logprobs=logprobs[rows, 0],
+            entropy=None if spread is None else spread[rows],
+            grad=g,
+        )
+        if need:
+            gradient[rows] = _times_weight(g, head, h.dtype)
+        del z, g  # before the next chunk's logits
+    return gradient, None
+
+
+def _gradient_room(z: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
+    """Where the gradient of the logits goes: over the logits themselves if a kernel can do it."""
+    if head.wide is not None:
+        return torch.empty_like(z)
+    over = half_over(z, dtype)
+    return torch.empty_like(z, dtype=dtype) if over is None else over
+
+
+def _many_targets(h, head: Head, y, logprobs, spread, chunk: int, need: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Fill log-probs and entropy; returns sum_v p_v s_v W_v (N, H) and the slopes s at the targets (N, K)."""
+    mean = torch.empty_like(h) if need else None
+    slopes = torch.empty_like(logprobs) if need else None
+    for start in range(0, h.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        z = head.logits(h[rows])
+        logprobs[rows], p, chunk_spread = _chunk_logprobs(z, y[rows], spread is not None)
+        if spread is not None:
+            spread[rows] = chunk_spread
+        if need:
+            slope = head.slope(z)
+            slopes[rows] = slope.gather(1, y[rows]) if torch.is_tensor(slope) else slope
+            mean[rows] = _times_weight(p.mul_(slope), head, h.dtype)
+    return mean, slopes
 
 
 def _times_weight(g: Tensor, head: Head, dtype: torch.dtype) -> Tensor:

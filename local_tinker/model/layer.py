@@ -1,223 +1,383 @@
-"""The fast road: one generic decoder layer over packed tokens, driven by a `FamilySpec`.
+"""One generic decoder layer over packed tokens, and the pass over all of them, forward and backward.
 
-It runs on the tensors of a transformers model, which `collect` gathers without copying, and computes what that model's
-own modules compute, with their rounding points. Nothing here waits for the device.
+It computes what the transformers model's own modules compute, with their rounding points. Nothing here waits for the
+device. A layer has its backward written out, so that what it keeps is a choice (`levels.LEVELS`) and not what autograd
+happens to save, and so that the backward's own kernels make norm outputs and act(gate) * up again on their way. Gradients
+of the adapter are added straight to the caller's flat buffer.
 
-Shapes: N packed tokens, H hidden, Hq / Hkv query and key-value heads, D head dimension.
+Shapes: N packed tokens, H hidden, Q = Hq D query width, K = Hkv D key width, F intermediate, m R columns of a group's
+adapters, T = m R rounded up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-from ..errors import ModelError
 from .attention import Attend
-from .linear import FrozenLinear
-from .lora import LoraDropout, LoraPair, project
-from .mlp import gated
-from .norm import rms_norm
-from .rope import Rope, rope_of, rotate
-from .spec import PLACEMENTS, FamilySpec
+from .attention import Kept as KeptAttention
+from .group import GroupLora, ProjectionGroup, padded
+from .kernels.norm import add_norm, norm_backward
+from .kernels.rope import Angles, HeadLayout, rotate_back_, rotate_qk
+from .kernels.swiglu import gated, gated_backward_
+from .levels import LEVELS
+from .lora import LoraDropout, LoraPair
+from .offload import Parked
+from .spec import FamilySpec
 
 Pairs = Mapping[str, LoraPair]
-
-
-@dataclass(frozen=True, eq=False)
-class Projections:
-    """Linears that read the same input, computed as one group; `paths` name them in the transformers model."""
-
-    paths: tuple[str, ...]
-    linears: tuple[FrozenLinear, ...]
+TILE = 8192  # rows of the MLP that are alive at once where nothing of it is kept
 
 
 @dataclass(frozen=True, eq=False)
 class LayerWeights:
     """One layer. A norm that the family does not have is None."""
 
-    qkv: Projections
-    out: Projections
-    gate_up: Projections
-    down: Projections
+    qkv: ProjectionGroup
+    out: ProjectionGroup
+    gate_up: ProjectionGroup
+    down: ProjectionGroup
     before_attention: Tensor | None
     after_attention: Tensor | None
     before_mlp: Tensor | None
     after_mlp: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    heads: HeadLayout
+
+    @property
+    def groups(self) -> tuple[ProjectionGroup, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
 
     def paths(self) -> tuple[str, ...]:
-        return self.qkv.paths + self.out.paths + self.gate_up.paths + self.down.paths
+        return tuple(path for group in self.groups for path in group.paths)
 
 
-@dataclass(frozen=True, eq=False)
-class RoadWeights:
-    """All of a decoder: embedding (V, H), layers, final norm (H,), rotary kinds by name."""
+class Decoder(Protocol):
+    """What a pass reads of `road.RoadWeights`."""
 
-    embedding: Tensor
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor
-    ropes: dict[str, Rope]
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
-    """What is the same for all layers of one forward pass."""
+class PassInputs:
+    """What is the same for all layers of one pass."""
 
     attend: Attend
     pairs: Pairs
     scale: float
     dropout: LoraDropout | None
-    angles: dict[str, tuple[Tensor, Tensor]]
+    angles: dict[str, Angles]
+    sink: Pairs | None
+    loras: dict[int, GroupLora | None] = field(default_factory=dict)
 
-    def project(self, x: Tensor, group: Projections) -> list[Tensor]:
-        loras = [self.pairs.get(path) for path in group.paths]
-        return project(x, group.linears, loras, self.scale, dropout=self.dropout)
+    def lora(self, group: ProjectionGroup) -> GroupLora | None:
+        if id(group) not in self.loras:
+            self.loras[id(group)] = group.lora(self.pairs, self.scale, self.dropout)
+        return self.loras[id(group)]
 
 
-class FastRoad:
-    """Final hidden states of packed tokens, for training and sampling alike."""
+@dataclass(eq=False)
+class _Attention:
+    """What the attention half of a layer makes on its way; a field that was let go of is None."""
 
-    name = "fast"
-    packed = True  # documents may share a row, and a cache may be continued
+    qkv: Tensor | None = None
+    thin_qkv: Tensor | None = None
+    out: Tensor | None = None
+    kept: KeptAttention | None = None
+    thin_out: Tensor | None = None
+    projected: Tensor | None = None  # before the norm after attention, where there is one
 
-    def __init__(self, spec: FamilySpec, weights: RoadWeights) -> None:
-        self.spec, self.weights = spec, weights
-        # Gemma multiplies by sqrt(H) rounded to the weights' type (55.5 for 55.4256 in bf16). A scalar taken straight
-        # into the product would not be rounded.
-        factor = spec.embedding_scale
-        self._paths = frozenset(path for layer in weights.layers for path in layer.paths())
-        self._embedding_scale = None if factor is None else float(torch.tensor(factor).to(weights.embedding.dtype))
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        *,
-        positions: Tensor,
-        attend: Attend,
-        pairs: Pairs,
-        scale: float,
-        recompute: bool = False,
-        dropout: LoraDropout | None = None,
-    ) -> Tensor:
-        """tokens, positions (N,) int64 -> hidden states after the final norm (N, H).
+@dataclass(eq=False)
+class _Mlp:
+    gate_up: Tensor | None = None
+    thin_gate_up: Tensor | None = None
+    thin_down: Tensor | None = None
+    projected: Tensor | None = None
 
-        Args:
-            attend: sees the packed q, k, v of each layer; `VarlenCausal` in training, a cache in sampling.
-            pairs: module path -> (A, B) in the compute type; empty for the base alone.
-            scale: multiplies B A x.
-            recompute: keep each layer's input only and run the layer again in backward.
-            dropout: on the adapters' inputs.
-        """
-        if not pairs.keys() <= self._paths:
-            raise ModelError(f"{min(pairs.keys() - self._paths)} is not a projection of this {self.spec.family} model")
-        h = F.embedding(tokens, self.weights.embedding)
-        if self._embedding_scale is not None:
-            h = h * self._embedding_scale
-        call = _Call(attend, pairs, scale, dropout, self._angles(positions, h.dtype))
+
+@dataclass(eq=False)
+class _Kept:
+    """One layer between forward and backward."""
+
+    h: Tensor | Parked
+    h2: Tensor | None
+    attention: _Attention
+    mlp: _Mlp
+
+
+class DecoderBody(torch.autograd.Function):
+    """The decoder as one node of autograd's graph. The embedded tokens ask for a gradient only so that autograd calls
+    backward; they get none."""
+
+    @staticmethod
+    def forward(ctx, embedded: Tensor, run: DecoderPass) -> Tensor:
+        ctx.run = run
+        return run.forward(embedded)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, None]:
+        run, ctx.run = ctx.run, None
+        run.backward(grad)
+        return None, None
+
+
+class DecoderPass:
+    """One forward over all layers and, when levels are given, its backward."""
+
+    def __init__(
+        self, spec: FamilySpec, decoder: Decoder, call: PassInputs, levels: Sequence[str] | None, rows: Tensor | None
+    ) -> None:
+        self.spec, self.layers, self.final_norm = spec, decoder.layers, decoder.final_norm
+        self.call, self.levels, self.rows = call, levels, rows
+        self._kept: list[_Kept] = []
+        self._final: Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Embedded tokens (N, H) -> hidden states after the final norm, (N, H) or of the chosen rows (M, H)."""
+        pending, self._count = None, h.shape[0]
         for index in range(self.spec.layers):
-            if recompute and torch.is_grad_enabled():
-                h = checkpoint(self._layer, index, h, call, use_reentrant=False, preserve_rng_state=False)
-            else:
-                h = self._layer(index, h, call)
-        return self._norm(h, self.weights.final_norm)
+            h, pending = self._layer(index, h, pending)
+        if self.rows is not None:
+            h, pending = h.index_select(0, self.rows), pending.index_select(0, self.rows)
+        out = torch.empty_like(h)
+        total = add_norm(h, pending, self.final_norm, self.spec.norm_eps, self.spec.norm, out=out)
+        if self.levels is not None:
+            self._final = total
+        return out
 
-    def _angles(self, positions: Tensor, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-        """cos and sin (N, 1, J) of every rotary kind, in the type that multiplies q and k."""
-        dtype = torch.promote_types(dtype, torch.float32) if self.spec.rope_wide else dtype
-        angles = {}
-        for kind, rope in self.weights.ropes.items():
-            cos, sin = rope(positions)
-            angles[kind] = cos.to(dtype), sin.to(dtype)
-        return angles
+    def _layer(self, index: int, h: Tensor, pending: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Residual and what is still to be added to it -> the same after this layer."""
+        weights, lora = self.layers[index], self.call.lora
+        level = None if self.levels is None else self.levels[index]
+        h, x = self._enter(h, pending, weights.before_attention, weights.qkv, lora(weights.qkv))
+        attention, y = self._attention(index, x, keep=level is not None)
+        y = self._after(y, weights.after_attention)
+        if level in ("layer", "offload"):
+            out = self._mlp_in_tiles(weights, h, y)
+            self._keep(h, None, _Attention(), _Mlp(), level)
+            return out
+        h2, mlp, z = self._mlp(weights, h, y)
+        if level is not None:
+            self._keep(h, h2, attention, mlp, level)
+        return h2, self._after(z, weights.after_mlp)
 
-    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        return x if weight is None else rms_norm(x, weight, self.spec.norm_eps, self.spec.norm)
+    def _attention(self, index: int, x: Tensor, *, keep: bool) -> tuple[_Attention, Tensor]:
+        """The group's input (N, H + T) -> everything on the way, and the projected output (N, H)."""
+        weights = self.layers[index]
+        qkv, thin_qkv = weights.qkv.forward(x, self.call.lora(weights.qkv))
+        out, kept = self._attend(index, rotate_qk(qkv, weights.heads, self._rotation(index)), keep=keep)
+        y, thin_out = weights.out.forward(out.flatten(1), self.call.lora(weights.out))
+        projected = y if weights.after_attention is not None else None
+        return _Attention(qkv, thin_qkv, out, kept, thin_out, projected), y
 
-    def _layer(self, index: int, h: Tensor, call: _Call) -> Tensor:
-        """h (N, H) -> (N, H)."""
-        weights = self.weights.layers[index]
-        x = self._attention(index, self._norm(h, weights.before_attention), call)
-        h = h + self._norm(x, weights.after_attention)
-        x = self._mlp(weights, self._norm(h, weights.before_mlp), call)
-        return h + self._norm(x, weights.after_mlp)
+    def _attend(self, index: int, rotated: Tensor, *, keep: bool) -> tuple[Tensor, KeptAttention | None]:
+        spec = self.spec
+        q, k, v = self.layers[index].heads.split(rotated)
+        options = dict(scale=spec.attention_scale, window=spec.windows[index], softcap=spec.attention_softcap)
+        if keep:
+            return self.call.attend.forward(q, k, v, **options)
+        return self.call.attend(index, q, k, v, **options), None
 
-    def _attention(self, index: int, x: Tensor, call: _Call) -> Tensor:
-        spec, weights = self.spec, self.weights.layers[index]
-        q_size, kv_size = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        parts = call.project(x, weights.qkv)
-        q, k, v = parts[0].split([q_size, kv_size, kv_size], dim=-1) if spec.fused else parts
-        if spec.qk_norm == "whole":
-            q, k = self._norm(q, weights.q_norm), self._norm(k, weights.k_norm)
-        q, k, v = (t.unflatten(-1, (-1, spec.head_dim)) for t in (q, k, v))  # (N, Hq or Hkv, D)
-        if spec.qk_norm == "head":
-            q, k = self._norm(q, weights.q_norm), self._norm(k, weights.k_norm)
-        kind = spec.ropes[index]
-        if kind is not None:
-            q, k = rotate(q, *call.angles[kind]), rotate(k, *call.angles[kind])
-        window, softcap = spec.windows[index], spec.attention_softcap
-        out = call.attend(index, q, k, v, scale=spec.attention_scale, window=window, softcap=softcap)
-        return call.project(out.flatten(1), weights.out)[0]
+    def _rotation(self, index: int) -> Angles | None:
+        kind = self.spec.ropes[index]
+        return None if kind is None else self.call.angles[kind]
 
-    def _mlp(self, weights: LayerWeights, x: Tensor, call: _Call) -> Tensor:
-        parts = call.project(x, weights.gate_up)
-        gate, up = parts[0].chunk(2, dim=-1) if self.spec.fused else parts
-        return call.project(gated(gate, up, self.spec.activation), weights.down)[0]
+    def _mlp(self, weights: LayerWeights, h: Tensor, pending: Tensor | None) -> tuple[Tensor, _Mlp, Tensor]:
+        """-> the residual h2 = h + pending, everything on the way, and the projected output (N, H)."""
+        lora = self.call.lora
+        h2, x = self._enter(h, pending, weights.before_mlp, weights.gate_up, lora(weights.gate_up))
+        gate_up, thin_gate_up = weights.gate_up.forward(x, lora(weights.gate_up))
+        del x
+        z, thin_down = weights.down.forward(gated(gate_up, self.spec.activation), lora(weights.down))
+        projected = z if weights.after_mlp is not None else None
+        return h2, _Mlp(gate_up, thin_gate_up, thin_down, projected), z
 
+    def _mlp_in_tiles(self, weights: LayerWeights, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if h.shape[0] <= TILE or self.call.dropout is not None:
+            h2, _, z = self._mlp(weights, h, y)
+            return h2, self._after(z, weights.after_mlp)
+        residual, pending = torch.empty_like(h), torch.empty_like(h)
+        for start in range(0, h.shape[0], TILE):
+            rows = slice(start, start + TILE)
+            residual[rows], _, z = self._mlp(weights, h[rows], y[rows])
+            pending[rows] = self._after(z, weights.after_mlp)
+        return residual, pending
 
-def text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
-    """The text decoder (what holds `layers`) inside a causal language model, with its module path."""
-    decoder = model.get_decoder()
-    decoder = getattr(decoder, "language_model", decoder)
-    return next(path for path, module in model.named_modules() if module is decoder), decoder
+    def _keep(self, h: Tensor, h2: Tensor | None, attention: _Attention, mlp: _Mlp, level: str) -> None:
+        """Let go of what the level does not keep; thin products are copied out of the wide buffers they lie in."""
+        depth = LEVELS.index(level)
+        if depth >= LEVELS.index("mlp"):
+            mlp.gate_up = mlp.thin_gate_up = None
+        if depth >= LEVELS.index("attention_mlp"):
+            attention.qkv = attention.thin_qkv = None
+            if not isinstance(attention.kept, Tensor):  # a recorded graph would hold q, k and v
+                attention.out = attention.kept = None
+        for part, names in ((attention, ("thin_qkv", "thin_out")), (mlp, ("thin_gate_up", "thin_down"))):
+            for name in names:
+                thin = getattr(part, name)
+                setattr(part, name, None if thin is None else thin.contiguous())
+        self._kept.append(_Kept(self._park(h) if level == "offload" else h, h2, attention, mlp))
 
+    def _park(self, h: Tensor) -> Parked:
+        if self._stream is None and h.is_cuda:
+            self._stream = torch.cuda.Stream(h.device)
+        return Parked(h, self._stream)
 
-def collect(model: nn.Module, spec: FamilySpec) -> RoadWeights:
-    """Gather the tensors of a transformers model whose projections are `FrozenLinear`. Nothing is copied.
+    # -- from residual to input and back -----------------------------------------------------------------------------
 
-    Raises:
-        ModelError: a module is missing or not frozen yet.
-    """
-    prefix, decoder = text_decoder(model)
-    prefix = f"{prefix}." if prefix else ""
-    kinds = sorted({kind for kind in spec.ropes if kind is not None})
-    embedding = decoder.embed_tokens.weight
-    return RoadWeights(
-        embedding=embedding,
-        layers=tuple(_collect_layer(decoder, prefix, index, spec) for index in range(spec.layers)),
-        final_norm=decoder.norm.weight,
-        ropes={kind: rope_of(decoder.rotary_emb, kind, embedding.device) for kind in kinds},
-    )
+    def _enter(
+        self, h: Tensor, pending: Tensor | None, norm: Tensor | None, group: ProjectionGroup, lora: GroupLora | None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual h + pending (N, H), and the input of a group: its norm, with the room the group asks for."""
+        x = group.room(h, lora)
+        inner = x[:, : h.shape[1]]
+        if norm is not None:
+            return add_norm(h, pending, norm, self.spec.norm_eps, self.spec.norm, out=inner), x
+        total = h if pending is None else h + pending
+        inner.copy_(total)
+        return total, x
 
+    def _leave(self, dx: Tensor, h: Tensor, norm: Tensor | None, dh: Tensor) -> None:
+        """Back through `_enter`: dh (N, H) gains what dx gives, and dx (N, H) becomes the group's input again."""
+        if norm is not None:
+            norm_backward(dx, h, norm, self.spec.norm_eps, self.spec.norm, residual=dh, out=dh, again=dx)
+        else:
+            dh += dx
+            dx.copy_(h)
 
-def _collect_layer(decoder: nn.Module, prefix: str, index: int, spec: FamilySpec) -> LayerWeights:
-    layer = decoder.layers[index]
+    def _after(self, y: Tensor, norm: Tensor | None) -> Tensor:
+        """A block's output through the norm that some families have there."""
+        if norm is None:
+            return y
+        out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+        add_norm(y, None, norm, self.spec.norm_eps, self.spec.norm, out=out)
+        return out
 
-    def group(parent: str, *names: str) -> Projections:
-        linears = []
-        for name in names:
-            linear = layer.get_submodule(f"{parent}.{name}")
-            linear = getattr(linear, "base_layer", linear)  # the plain road may have wrapped it
-            if not isinstance(linear, FrozenLinear):
-                raise ModelError(
-                    f"{prefix}layers.{index}.{parent}.{name} is {type(linear).__name__}, not a frozen projection"
-                )
-            linears.append(linear)
-        return Projections(tuple(f"{prefix}layers.{index}.{parent}.{name}" for name in names), tuple(linears))
+    def _before(self, dh: Tensor, y: Tensor | None, norm: Tensor | None, room: int) -> Tensor:
+        """Back through `_after`: the block's output gradient (N, H + room), which is dh itself without such a norm."""
+        if norm is None:
+            return dh
+        dy = dh.new_empty(dh.shape[0], y.shape[1] + room)
+        norm_backward(
+            dh[:, : y.shape[1]], y, norm, self.spec.norm_eps, self.spec.norm, residual=None, out=dy[:, : y.shape[1]]
+        )
+        return dy
 
-    norms = [None if name is None else layer.get_submodule(name).weight for name in PLACEMENTS[spec.placement]]
-    q_norm, k_norm = (layer.self_attn.q_norm, layer.self_attn.k_norm) if spec.qk_norm else (None, None)
-    return LayerWeights(
-        group("self_attn", *(("qkv_proj",) if spec.fused else ("q_proj", "k_proj", "v_proj"))),
-        group("self_attn", "o_proj"),
-        group("mlp", *(("gate_up_proj",) if spec.fused else ("gate_proj", "up_proj"))),
-        group("mlp", "down_proj"),
-        *norms,
-        q_norm=None if q_norm is None else q_norm.weight,
-        k_norm=None if k_norm is None else k_norm.weight,
-    )
+    # -- backward ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def backward(self, grad: Tensor) -> None:
+        """Add every adapter's gradient to the sink, from that of the final hidden states (N or M, H)."""
+        hidden = self._final.shape[1]
+        room = max((padded(lora.rank) for lora in self.call.loras.values() if lora is not None), default=0)
+        wide = grad.new_empty(self._count, hidden + room)
+        inner = wide[:, :hidden]
+        through = inner if self.rows is None else torch.empty_like(grad)
+        norm_backward(
+            grad,
+            self._final,
+            self.final_norm,
+            self.spec.norm_eps,
+            self.spec.norm,
+            residual=None,
+            out=through,
+        )
+        if self.rows is not None:
+            inner.zero_().index_copy_(0, self.rows, through)
+        self._final = None
+        first = min((i for i, layer in enumerate(self.layers) if self._adapted(layer)), default=self.spec.layers)
+        for index in reversed(range(first, self.spec.layers)):
+            kept = self._kept.pop()
+            if self._kept and isinstance(self._kept[-1].h, Parked):
+                self._kept[-1].h.fetch()
+            self._layer_backward(index, kept, wide, last=index == first)
+        self._kept.clear()
+
+    def _adapted(self, layer: LayerWeights) -> bool:
+        return any(self.call.lora(group) is not None for group in layer.groups)
+
+    def _layer_backward(self, index: int, kept: _Kept, dh: Tensor, *, last: bool) -> None:
+        """dh (N, H + room): the gradient of this layer's output becomes that of its input, in place."""
+        weights = self.layers[index]
+        h = kept.h.get() if isinstance(kept.h, Parked) else kept.h
+        attention, recomputed = kept.attention, None
+        if attention.out is None:
+            _, x = self._enter(h, None, weights.before_attention, weights.qkv, self.call.lora(weights.qkv))
+            attention, y = self._attention(index, x, keep=True)
+            recomputed = self._after(y, weights.after_attention)
+            del x, y
+        elif attention.qkv is None:
+            _, x = self._enter(h, None, weights.before_attention, weights.qkv, self.call.lora(weights.qkv))
+            attention.qkv, attention.thin_qkv = weights.qkv.forward(x, self.call.lora(weights.qkv))
+            del x
+            if weights.heads.q_norm is None:
+                attention.qkv = rotate_qk(attention.qkv, weights.heads, self._rotation(index))
+        if kept.h2 is not None:
+            self._mlp_backward(weights, kept.h2, None, kept.mlp, dh)
+        elif h.shape[0] <= TILE or self.call.dropout is not None:
+            self._mlp_backward(weights, h, recomputed, kept.mlp, dh)
+        else:
+            for start in range(0, h.shape[0], TILE):
+                rows = slice(start, start + TILE)
+                self._mlp_backward(weights, h[rows], recomputed[rows], _Mlp(), dh[rows])
+        del recomputed
+        self._attention_backward(index, h, attention, dh, last=last)
+
+    def _mlp_backward(self, weights: LayerWeights, h: Tensor, pending: Tensor | None, mlp: _Mlp, dh: Tensor) -> None:
+        """dh (N, H + room), in place, through the MLP over the residual h + pending."""
+        lora, sink, hidden = self.call.lora, self.call.sink, h.shape[1]
+        h2 = h
+        if mlp.gate_up is None:
+            h2, x = self._enter(h, pending, weights.before_mlp, weights.gate_up, lora(weights.gate_up))
+            mlp.gate_up, mlp.thin_gate_up = weights.gate_up.forward(x, lora(weights.gate_up))
+            del x
+            if weights.after_mlp is not None and mlp.projected is None:
+                mlp.projected, _ = weights.down.forward(gated(mlp.gate_up, self.spec.activation), lora(weights.down))
+        dz = self._before(dh, mlp.projected, weights.after_mlp, dh.shape[1] - hidden)
+        product, q = weights.down.backward_input(dz, lora(weights.down))
+        gated_backward_(mlp.gate_up, product, self.spec.activation)
+        weights.down.backward_adapter(q, dz, product, mlp.thin_down, lora(weights.down), sink)
+        del product, dz
+        dx, q = weights.gate_up.backward_input(mlp.gate_up, lora(weights.gate_up))
+        self._leave(dx, h2, weights.before_mlp, dh[:, :hidden])
+        weights.gate_up.backward_adapter(q, mlp.gate_up, dx, mlp.thin_gate_up, lora(weights.gate_up), sink)
+
+    def _attention_backward(self, index: int, h: Tensor, attention: _Attention, dh: Tensor, *, last: bool) -> None:
+        weights, spec, hidden = self.layers[index], self.spec, h.shape[1]
+        lora, sink, rotation = self.call.lora, self.call.sink, self._rotation(index)
+        dy = self._before(dh, attention.projected, weights.after_attention, dh.shape[1] - hidden)
+        dout, q = weights.out.backward_input(dy, lora(weights.out))
+        flat = attention.out.flatten(1)
+        weights.out.backward_adapter(q, dy, flat, attention.thin_out, lora(weights.out), sink)
+        del dy
+        raw = attention.qkv
+        rotated = raw if weights.heads.q_norm is None else rotate_qk(raw, weights.heads, rotation)
+        dqkv = torch.empty_like(raw)
+        self.call.attend.backward(
+            dout.view(attention.out.shape),
+            *weights.heads.split(rotated),
+            attention.out,
+            attention.kept,
+            scale=spec.attention_scale,
+            window=spec.windows[index],
+            softcap=spec.attention_softcap,
+            into=weights.heads.split(dqkv),
+        )
+        attention.out = attention.kept = None
+        rotate_back_(dqkv, raw, weights.heads, rotation)
+        del rotated, raw, dout
+        dx, q = weights.qkv.backward_input(dqkv, lora(weights.qkv), need=not last)
+        if last:
+            _, x = self._enter(h, None, weights.before_attention, weights.qkv, None)
+        else:
+            self._leave(dx, h, weights.before_attention, dh[:, :hidden])
+            x = dx
+        weights.qkv.backward_adapter(q, dqkv, x, attention.thin_qkv, lora(weights.qkv), sink)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingDependencyError, UsageError
+from .kernels.nf4 import nf4_dense, nf4_serves
 
 QUANTISERS = (None, "4bit", "8bit")
 NF4_BLOCK = 64  # weights that share one absmax (Dettmers et al., arXiv 2305.14314)
@@ -58,6 +59,9 @@ class DenseWeight:
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.stored.to(dtype)
 
+    def dense_into(self, out: Tensor) -> None:
+        out.copy_(self.stored)
+
     def tensors(self) -> list[Tensor]:
         return [self.stored]
 
@@ -73,6 +77,12 @@ class NF4Weight:
         self.stored, self.state = functional.quantize_4bit(
             source.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=True
         )
+
+    def dense_into(self, out: Tensor) -> None:
+        if nf4_serves(out):
+            nf4_dense(self.stored, self.state, out)
+        else:
+            out.copy_(self.dense(out.dtype))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         self.state.dtype = dtype if dtype != torch.float64 else torch.float32
@@ -95,6 +105,9 @@ class Int8Weight:
     def dense(self, dtype: torch.dtype) -> Tensor:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return (self.stored.to(wide) * (self.absmax.to(wide) / 127.0)[:, None]).to(dtype)
+
+    def dense_into(self, out: Tensor) -> None:
+        out.copy_(self.dense(out.dtype))
 
     def tensors(self) -> list[Tensor]:
         return [self.stored, self.absmax]
@@ -137,11 +150,27 @@ class FrozenLinear(nn.Linear):
         if self._resident is None and self.storage != "dense":
             self._resident = self.store.dense(self.dtype)
 
+    def share(self, dense: Tensor) -> None:
+        """Take a view of a buffer that already holds this weight: as the resident copy, or as the weight itself where it
+        is stored dense anyway."""
+        if self.storage == "dense":
+            self.store.stored = dense
+            self.weight = nn.Parameter(dense, requires_grad=False)
+        else:
+            self._resident = dense
+
     def release(self) -> None:
         self._resident = None
 
     def dense(self) -> Tensor:
         return self._resident if self._resident is not None else self.store.dense(self.dtype)
+
+    def dense_into(self, out: Tensor) -> None:
+        """Write the dense weight into `out` (O, I), whose rows may be part of something wider."""
+        if self._resident is not None:
+            out.copy_(self._resident)
+        else:
+            self.store.dense_into(out)
 
     def forward(self, x: Tensor) -> Tensor:
         return FrozenMatmul.apply(x, self)

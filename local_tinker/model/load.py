@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from ..errors import ModelError, UsageError
 from .dims import ModelDims
 from .head import Head
-from .layer import FastRoad, collect
+from .kernels import fault
 from .linear import QUANTISERS, FrozenLinear
 from .plain import PlainRoad, probe
+from .road import FastRoad, collect
 from .spec import FamilySpec, Refusal, spec_for
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -99,13 +100,30 @@ class LoadedModel:
             max_positions=self.max_positions,
         )
 
-    def hold_weights(self) -> None:
-        for linear in self.projections.values():
-            linear.hold()
+    def hold_weights(self, layers: int | None = None, *, rank: int = 0) -> None:
+        """Keep the dequantised weights of the first `layers` (None: all) on the device, and of no other.
+
+        Args:
+            rank: leaves room beside them for adapters of this rank, which the fused projections want.
+        """
+        if self.fast is None:
+            for linear in self.projections.values():
+                linear.hold()
+            return
+        for index, layer in enumerate(self.fast.weights.layers):
+            for group in layer.groups:
+                if layers is None or index < layers:
+                    group.hold(rank * len(group.linears))
+                else:
+                    group.release()
 
     def release_weights(self) -> None:
         for linear in self.projections.values():
             linear.release()
+        if self.fast is not None:
+            for layer in self.fast.weights.layers:
+                for group in layer.groups:
+                    group.release()
 
 
 def load_model(
@@ -114,6 +132,7 @@ def load_model(
     quantize: str | None,
     dtype: str,
     device: str | torch.device,
+    plain_road: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> LoadedModel:
     """Load a model folder, freeze and quantise it, and choose its road.
@@ -122,6 +141,7 @@ def load_model(
         path: a folder with config.json, safetensors weights and tokenizer files.
         quantize: "4bit" (NF4, double quantised), "8bit" (row-wise int8) or None.
         dtype: the compute type, one of `DTYPES`.
+        plain_road: take the plain road whatever the family, to compare the fast road with.
 
     Raises:
         UsageError: unknown quantize or dtype. ModelError: the folder cannot be loaded, with what is wrong.
@@ -153,7 +173,9 @@ def load_model(
     if device.type == "cpu":
         loaded.hold_weights()  # the probes below would dequantise every weight several times, which a CPU does slowly
     _check_head(model, loaded)
-    loaded.fast = _fast_road(model, text_config, loaded)
+    loaded.fast = None if plain_road else _fast_road(model, text_config, loaded)
+    if device.type == "cuda" and (reason := fault("cuda")) is not None:
+        loaded.said.append(f"fused kernels are off and plain torch runs instead: {reason}")
     loaded.release_weights()
     for line in loaded.said:
         say(line)

@@ -9,7 +9,7 @@ Shapes: N packed tokens, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -21,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import MissingDependencyError, ModelError
 from .attention import ATTENTION_NAME, Attend, VarlenCausal, register
-from .layer import FastRoad, Pairs, text_decoder
+from .layer import Pairs
 from .linear import FrozenLinear, bitsandbytes
-from .lora import LoraDropout
+from .lora import LoraDropout, gradient_leaf
+from .road import FastRoad, text_decoder
 
 PEFT_NAME = "default"
 CHECK_TOKENS = 12  # of each of the two documents of the packing check
@@ -46,8 +47,8 @@ class PlainRoad:
         _, self.decoder = text_decoder(model)
         self._adapted: dict[str, nn.Module] = {}
         self._running: _Binding | None = None
-        for layer in _layers(self.decoder, model.config.get_text_config().num_hidden_layers):
-            self._recomputable(layer)
+        for index, layer in enumerate(_layers(self.decoder, model.config.get_text_config().num_hidden_layers)):
+            self._recomputable(index, layer)
         self.reason = self._check_packing()
         self.packed = self.reason is None
 
@@ -59,12 +60,22 @@ class PlainRoad:
         attend: Attend,
         pairs: Pairs,
         scale: float,
-        recompute: bool = False,
+        levels: Sequence[str] | None = None,
         dropout: LoraDropout | None = None,
+        sink: Pairs | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """As `FastRoad.hidden`."""
+        """As `FastRoad.hidden`. Of the levels only whether a layer is run again counts: below "norms" it is."""
         self._inject(pairs)
-        binding = _Binding(self._adapted, pairs, scale, dropout, recompute and torch.is_grad_enabled())
+        again = tuple(level != "norms" for level in levels or ())
+        with torch.set_grad_enabled(sink is not None):
+            if sink is not None:
+                pairs = {path: tuple(map(gradient_leaf, pair, sink[path])) for path, pair in pairs.items()}
+            binding = _Binding(self._adapted, pairs, scale, dropout, again if sink is not None else ())
+            hidden = self._documents(binding, tokens, positions, attend)
+            return hidden if rows is None else hidden.index_select(0, rows)
+
+    def _documents(self, binding: _Binding, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         if self.packed:
             return self._run(binding, tokens, positions, attend=attend)
         if not hasattr(attend, "cu_seqlens"):
@@ -73,7 +84,7 @@ class PlainRoad:
             )
         rows = []
         for row, (i, j) in enumerate(pairwise(attend.cu_seqlens)):
-            own = None if dropout is None else dropout.document(row)
+            own = None if binding.dropout is None else binding.dropout.document(row)
             rows.append(self._run(replace(binding, dropout=own), tokens[i:j], positions[i:j]))
         return torch.cat(rows)
 
@@ -94,14 +105,14 @@ class PlainRoad:
         if unknown:
             raise ModelError(f"{unknown[0]} is not a frozen projection of {type(self.model).__name__}")
 
-    def _recomputable(self, layer: nn.Module) -> None:
+    def _recomputable(self, index: int, layer: nn.Module) -> None:
         """Let this layer be checkpointed when a call asks. transformers' own switch would need the layer in training
         mode, and would find the adapters of a later call when it recomputes."""
         inner = layer.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             binding = self._running
-            if binding is None or not binding.recompute:
+            if binding is None or not any(binding.recompute[index : index + 1]):
                 return inner(*args, **kwargs)
 
             def again(*inputs: Any) -> Any:
@@ -122,7 +133,7 @@ class PlainRoad:
         tokens = torch.arange(2 * CHECK_TOKENS, device=device) * 7919 % config.vocab_size
         positions = torch.arange(CHECK_TOKENS, device=device).repeat(2)
         attend = _Recorder(VarlenCausal([0, CHECK_TOKENS, 2 * CHECK_TOKENS], device))
-        base = _Binding({}, {}, 1.0, None, False)
+        base = _Binding({}, {}, 1.0, None, ())
         alone = torch.cat([self._run(base, tokens[i:j], positions[i:j]) for i, j in pairwise(attend.cu_seqlens)])
         try:
             self.model.set_attn_implementation(ATTENTION_NAME)
@@ -190,7 +201,7 @@ class _Binding:
     pairs: Pairs
     scale: float
     dropout: LoraDropout | None
-    recompute: bool
+    recompute: tuple[bool, ...]  # a layer; empty: none
 
     @contextmanager
     def bound(self) -> Iterator[None]:

@@ -99,16 +99,3 @@ def rope_of(rotary: nn.Module, kind: str, device: torch.device) -> Rope:
         config=rotary.config,
         layer_type=layer_type,
     )
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_j, x_{j+J}) of x (N, heads, D); dimensions past 2 J pass through.
-
-    Each product and each sum is rounded to the type of cos and sin, as transformers' modules do.
-    """
-    pairs = cos.shape[-1]
-    first, second = x[..., :pairs], x[..., pairs : 2 * pairs]
-    turned = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)]
-    if 2 * pairs < x.shape[-1]:
-        turned.append(x[..., 2 * pairs :])
-    return torch.cat(turned, dim=-1)

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..engine.memory import ENGINE_LEVELS, Plan, TrainSettings, plan_training
+from ..engine.footprint import GIB, TrainSettings
+from ..engine.memory import Plan, describe, plan_training
 from ..hardware import Hardware
 from ..model.dims import ModelDims
 
-GIB = 2**30
 _LINES = 60  # plain progress lines a run
 
 
@@ -52,25 +52,17 @@ def plan_for(config: Any, dims: ModelDims, hardware: Hardware, *, free_bytes: in
         quantize=config.quantize,
         tokens=config.micro_batch_tokens,
         compute_bytes=compute,
-        levels=ENGINE_LEVELS,
     )
     return plan_training(dims, settings, hardware.free_bytes if free_bytes is None else free_bytes)
 
 
-def choice_line(plan: Plan, dims: ModelDims, quantize: str) -> str:
-    choice = plan.choice
-    recompute = {"none": "kept", "layer": "recomputed"}.get(choice.level, f"recomputed ({choice.level})")
-    held = "" if quantize == "none" else f", {choice.resident_layers} of {dims.layers} layers held dequantised"
-    return f"choice: micro-batches of {choice.tokens:,} tokens, activations {recompute}{held}"
-
-
-def plan_lines(plan: Plan, dims: ModelDims, quantize: str, free_bytes: int) -> list[str]:
+def plan_lines(plan: Plan, quantize: str, free_bytes: int) -> list[str]:
     """The plan in short, for a run."""
     fits = "fits" if plan.fits else "DOES NOT FIT"
     largest = sorted(plan.parts.items(), key=lambda item: -item[1])[:3]
     lines = [
         f"memory plan: {gib(plan.total)} at the peak, {gib(free_bytes)} free: {fits}",
-        f"  {choice_line(plan, dims, quantize)}",
+        f"  choice: {describe(plan.choice, quantized=quantize != 'none')}",
         f"  most of it: {', '.join(f'{name} {gib(size)}' for name, size in largest)}",
     ]
     if not plan.fits:

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from local_tinker.cli import app, models
-from local_tinker.engine.memory import GIB, TrainSettings, least_bytes
+from local_tinker.engine.footprint import GIB, TrainSettings
+from local_tinker.engine.memory import least_bytes
 from local_tinker.hardware import Hardware
 from local_tinker.model import catalogue
 

@@ -1,11 +1,13 @@
 """`plan`: the numbers of the memory plan, as they are printed and as JSON."""
 
 import json
+import re
 
 import pytest
 
 from local_tinker.cli import app
-from local_tinker.engine.memory import GIB, TrainSettings, plan_training
+from local_tinker.engine.footprint import GIB, TrainSettings
+from local_tinker.engine.memory import plan_training
 from local_tinker.model import catalogue
 
 
@@ -16,13 +18,14 @@ def ask(capsys, *words):
 
 def test_json_is_the_plan(capsys):
     code, out, _ = ask(capsys, "llama-3.1-8b", "--vram", "24", "--rank", "8", "--seq-len", "8000", "--json")
-    settings = TrainSettings(rank=8, seq_len=8000, levels=("none", "layer"))
+    settings = TrainSettings(rank=8, seq_len=8000)
     plan = plan_training(catalogue.find("llama-3.1-8b").dims, settings, 24 * GIB)
     found = json.loads(out)
     assert code == 0 and found["total_bytes"] == plan.total == sum(found["parts"].values())
     assert (
         found["choice"]["tokens"] == plan.choice.tokens and found["fits"] and len(found["levers"]) == len(plan.levers)
     )
+    assert tuple(found["choice"]["levels"]) == plan.choice.levels and found["host_bytes"] == plan.host_bytes
 
 
 def test_the_parts_add_up_to_the_total_shown_and_levers_are_named(capsys):
@@ -35,6 +38,13 @@ def test_the_parts_add_up_to_the_total_shown_and_levers_are_named(capsys):
         and sum(float(size) for _, size, _ in parts) == pytest.approx(float(total), abs=0.06)
     )
     assert "fits; choice: micro-batches of" in out and "to need less:\n  " in out and ": saves " in out
+    assert out.count(": saves ") == 3 and "% slower" in out
+
+
+def test_what_waits_on_the_host_is_shown(capsys):
+    out = ask(capsys, "llama-3.2-3b", "--vram", "4.5")[1]
+    assert re.search(r"^and \d\.\d\d GiB of host memory$", out, re.MULTILINE) and "'offload'" in out
+    assert "host memory" not in ask(capsys, "llama-3.2-3b", "--vram", "80")[1].split("to need less")[0]
 
 
 def test_a_model_too_large_does_not_fit(capsys):
@@ -46,7 +56,7 @@ def test_a_longer_row_and_no_quantisation_need_more(capsys):
         return json.loads(ask(capsys, "llama-3.2-1b", "--vram", "8", "--json", *more)[1])["parts"]
 
     assert total("--quantize", "none")["base weights"] > 3 * total()["base weights"]
-    assert total("--seq-len", "16000")["live layer"] > total()["live layer"]
+    assert sum(total("--seq-len", "16000").values()) > sum(total().values())
 
 
 def test_this_machine_is_asked_without_vram(capsys, tiny_model):

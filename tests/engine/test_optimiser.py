@@ -1,13 +1,18 @@
 import pytest
 import torch
 
+from local_tinker.engine import optimiser as module
 from local_tinker.engine.optimiser import FlatAdamW, GradientWindow, clip
 from local_tinker.types import AdamParams
 
 
 def step(optimiser, gradient, params):
-    (clipped,), norm, bad = clip([gradient], params.grad_clip_norm)
-    optimiser.step(clipped, params, bad=bad)
+    window = GradientWindow(gradient.numel(), gradient.dtype, gradient.device)
+    window.buffer("sft").copy_(gradient)
+    window.add_weight("sft", 1.0)
+    factor, norm, bad = clip([window.norm()], params.grad_clip_norm)
+    optimiser.prepare(window, params, factor=factor, bad=bad)()
+    assert torch.equal(window.buffer("sft"), gradient) or not torch.isfinite(norm)
     return norm, bad
 
 
@@ -61,6 +66,40 @@ def test_updates_below_a_bf16_step_are_not_swallowed():
         step(optimiser, torch.ones(1), AdamParams(learning_rate=1e-4))
     assert float(master) == pytest.approx(0.9, rel=1e-4)
     assert float(master.bfloat16()) != 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parked_moments_give_the_bits_of_resident_ones(monkeypatch, dtype):
+    monkeypatch.setattr(module, "MOMENT_SLICE", 64)  # 500 parameters are then eight slices, the last one short
+    torch.manual_seed(0)
+    masters = [torch.randn(500, dtype=dtype)]
+    masters.append(masters[0].clone())
+    resident, parked = FlatAdamW(masters[0]), FlatAdamW(masters[1], parked=True)
+    for i in range(20):
+        gradient = torch.randn(500, dtype=dtype)
+        gradient[3] = float("inf") if i == 7 else 1.0
+        for optimiser in (resident, parked):
+            step(optimiser, gradient, AdamParams(learning_rate=1e-2, weight_decay=0.1))
+        if i == 12:  # to the device and back between two steps
+            parked.park(False)
+            parked.park(True)
+    for a, b in zip(
+        (masters[0], resident.m, resident.v, resident.count),
+        (masters[1], parked.m, parked.v, parked.count),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    assert parked.parked and int(parked.count) == 19 and float(parked.m.abs().max()) > 0
+
+
+def test_a_step_in_slices_is_the_step_of_the_whole(monkeypatch):
+    torch.manual_seed(0)
+    whole = torch.randn(500)
+    sliced, gradient = whole.clone(), torch.randn(500)
+    step(FlatAdamW(whole), gradient, AdamParams(learning_rate=1e-2))
+    monkeypatch.setattr(module, "MOMENT_SLICE", 64)
+    step(FlatAdamW(sliced), gradient, AdamParams(learning_rate=1e-2))
+    assert torch.equal(whole, sliced)
 
 
 def window():

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from local_tinker.engine import planning
+from local_tinker.engine.footprint import total_bytes
 from local_tinker.engine.planning import plan_budget
 from local_tinker.model.adapter import AdapterSpec
 from local_tinker.model.load import load_model
@@ -17,25 +20,72 @@ def spec(model):
     return AdapterSpec(rank=4, alpha=8, shapes=shapes)
 
 
+def budget_of(model, free_bytes, **more):
+    return plan_budget(model, spec(model), micro_batch_tokens=more.get("tokens"), free_bytes=free_bytes)
+
+
+def needed(budget, choice=None):
+    return total_bytes(budget.dims, budget.settings, choice or budget.choice)
+
+
 def test_with_memory_to_spare_weights_stay_dense_and_nothing_is_recomputed(model):
     budget = plan_budget(model, spec(model), micro_batch_tokens=None)
-    assert budget.hold_weights and not budget.recompute and budget.micro_batch_tokens == 4096
+    assert budget.hold_weights and set(budget.choice.levels) == {"norms"} and budget.micro_batch_tokens == 4096
 
 
-def test_with_little_memory_layers_are_recomputed_and_weights_dequantised_again(model, monkeypatch):
-    plenty = plan_budget(model, spec(model), micro_batch_tokens=None).plan.total
-    monkeypatch.setattr(planning, "_free_bytes", lambda device: plenty // 3)
-    tight = plan_budget(model, spec(model), micro_batch_tokens=None)
-    assert tight.recompute and tight.micro_batch_tokens < 4096
-    monkeypatch.setattr(planning, "_free_bytes", lambda device: plenty // 20)
-    assert not plan_budget(model, spec(model), micro_batch_tokens=None).hold_weights
+def test_with_little_memory_the_choice_gets_smaller_and_stays_within_it(model):
+    plenty = needed(budget_of(model, 2**40))
+    tight = budget_of(model, plenty // 2)
+    assert needed(tight) <= tight.limit < plenty
+    assert set(tight.choice.levels) != {"norms"} or tight.micro_batch_tokens < 4096
+
+
+def test_memory_found_is_what_the_plan_is_made_for(model, monkeypatch):
+    monkeypatch.setattr(planning, "_free_bytes", lambda device: 10**8)
+    loaded = sum(p.nbytes() for p in model.projections.values()) + model.head.weight.nbytes
+    assert plan_budget(model, spec(model), micro_batch_tokens=None).limit == loaded + 8 * 10**7
 
 
 def test_the_users_micro_batch_is_taken_as_given(model):
     assert plan_budget(model, spec(model), micro_batch_tokens=77).micro_batch_tokens == 77
 
 
+def test_a_document_over_the_budget_gets_a_choice_of_its_own_in_the_same_memory(model):
+    budget = budget_of(model, int(1.5 * needed(budget_of(model, 2**40))))
+    assert budget.choice_for(100) is budget.choice_for(budget.micro_batch_tokens) is budget.choice
+    longer = budget.choice_for(3 * budget.micro_batch_tokens)
+    assert longer.tokens == 3 * budget.micro_batch_tokens and set(longer.levels) != {"norms"}
+    assert needed(budget, longer) <= budget.limit
+
+
+def test_running_out_makes_the_longest_documents_choice_smaller_until_nothing_is_left(model):
+    budget = budget_of(model, 2**40)
+    longest, last, steps = 20_000, float("inf"), 0
+    while budget is not None:
+        choice = budget.choice_for(longest)
+        assert needed(budget, choice) < last or needed(budget) < last
+        assert budget.choice.resident_layers <= 2 and choice.tokens == longest
+        last, budget, steps = max(needed(budget, choice), needed(budget)), budget.smaller(longest), steps + 1
+    assert 4 < steps < 40 and set(choice.levels) == {"layer"}
+
+
+def test_a_smaller_plan_allocates_nothing_first(model):
+    budget = budget_of(model, 2**40)
+    parked = replace(budget, choice=replace(budget.choice, parked_moments=True, resident_layers=1))
+    smaller = parked.smaller(100)
+    assert smaller.choice.parked_moments and smaller.choice.resident_layers <= 1
+
+
 def test_dimensions_of_a_loaded_model_are_those_of_its_tensors(model):
     dims = model.dims
     assert dims.linear_params == sum(p.in_features * p.out_features for p in model.projections.values())
     assert dims.vocab == model.head.weight.shape[0] and model.dtype == torch.bfloat16
+
+
+def test_free_memory_is_what_the_card_has_within_the_share_the_allocator_is_held_to(monkeypatch):
+    card = {"mem_get_info": (70, 100), "memory_reserved": 8, "memory_allocated": 5}
+    for name, value in card.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    for share, free in ((1.0, 70 + 3), (0.5, 42 + 3), (0.05, 3)):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, share=share: share)
+        assert planning._free_bytes(torch.device("cuda")) == free

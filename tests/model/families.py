@@ -125,13 +125,11 @@ def freeze(model: nn.Module) -> dict[str, FrozenLinear]:
     return frozen
 
 
-def random_pairs(
-    frozen: dict[str, FrozenLinear], *, rank: int = 3, seed: int = 1, grad: bool = False
-) -> dict[str, tuple[Tensor, Tensor]]:
+def random_pairs(frozen: dict[str, FrozenLinear], *, rank: int = 3, seed: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, like: Tensor) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * 0.2).to(like.dtype).requires_grad_(grad)
+        return (torch.randn(*shape, generator=generator) * 0.2).to(like.dtype)
 
     return {
         path: (
@@ -139,6 +137,15 @@ def random_pairs(
             draw(linear.out_features, rank, like=linear.weight),
         )
         for path, linear in frozen.items()
+    }
+
+
+def empty_sink(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Where the gradients of these pairs go, in the type an adapter's master has."""
+    wide = {torch.float64: torch.float64}
+    return {
+        path: tuple(torch.zeros_like(t, dtype=wide.get(t.dtype, torch.float32)) for t in pair)
+        for path, pair in pairs.items()
     }
 
 

@@ -7,16 +7,17 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from local_tinker.errors import ModelError
+from local_tinker.model import layer
 from local_tinker.model.attention import ATTENTION_NAME, VarlenCausal, register
-from local_tinker.model.layer import FastRoad, collect, text_decoder
+from local_tinker.model.levels import LEVELS
 from local_tinker.model.lora import LoraDropout
-from local_tinker.model.mlp import ACTIVATIONS, gated
-from local_tinker.model.norm import rms_norm
+from local_tinker.model.road import FastRoad, collect, text_decoder
 from local_tinker.model.spec import spec_for
 from tests.model.families import (
     FAMILIES,
     CacheAttend,
     config_of,
+    empty_sink,
     freeze,
     packed_positions,
     random_pairs,
@@ -69,8 +70,9 @@ def test_gradients_of_lora_pairs_equal_peft(name):
     weights = torch.randn(COUNT, 32, generator=torch.Generator().manual_seed(3))
     theirs = copy.deepcopy(model)
     road, frozen = road_of(model)
-    pairs = random_pairs(frozen, grad=True)
-    (run(road, tokens, EDGES, pairs=pairs, scale=0.5) * weights).sum().backward()
+    pairs = random_pairs(frozen)
+    sink = empty_sink(pairs)
+    (run(road, tokens, EDGES, pairs=pairs, scale=0.5, sink=sink) * weights).sum().backward()
 
     config = LoraConfig(r=3, lora_alpha=1.5, target_modules=list(frozen))
     peft = get_peft_model(theirs, config)
@@ -81,22 +83,69 @@ def test_gradients_of_lora_pairs_equal_peft(name):
             layer.lora_B["default"].weight.copy_(pairs[path][1])
     (eager(peft.base_model.model, tokens) * weights).sum().backward()
     for path, layer in layers.items():
-        assert_near(pairs[path][0].grad, layer.lora_A["default"].weight.grad, 1e-5)
-        assert_near(pairs[path][1].grad, layer.lora_B["default"].weight.grad, 1e-5)
+        assert_near(sink[path][0], layer.lora_A["default"].weight.grad, 1e-5)
+        assert_near(sink[path][1], layer.lora_B["default"].weight.grad, 1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_recomputed_gradients_are_the_same_bits(name):
+def test_gradients_at_every_level_are_the_same_bits(name):
     road, frozen = road_of(tiny(name))
     tokens, grads = random_tokens(COUNT), []
-    for recompute in (False, True):
-        pairs = random_pairs(frozen, grad=True)
+    for level in LEVELS:
+        pairs = random_pairs(frozen)
+        sink = empty_sink(pairs)
         dropout = LoraDropout(
             0.25, seeds=(7, 8, 9, 10)[: len(EDGES) - 1], lengths=tuple(j - i for i, j in pairwise(EDGES))
         )
-        run(road, tokens, EDGES, pairs=pairs, recompute=recompute, dropout=dropout).sin().sum().backward()
-        grads.append([t.grad for pair in pairs.values() for t in pair])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+        levels = [level] * road.spec.layers
+        run(road, tokens, EDGES, pairs=pairs, levels=levels, dropout=dropout, sink=sink).sin().sum().backward()
+        grads.append([t for pair in sink.values() for t in pair])
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+    assert all(float(t.abs().max()) > 0 for t in grads[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "olmo2", "phi3"])
+def test_an_mlp_in_tiles_gives_the_same_gradient(name, monkeypatch):
+    road, frozen = road_of(tiny(name, dtype=torch.float64))
+    tokens, found = random_tokens(COUNT), []
+    for tile in (COUNT, 5):
+        monkeypatch.setattr(layer, "TILE", tile)
+        pairs = random_pairs(frozen)
+        sink = empty_sink(pairs)
+        out = run(road, tokens, EDGES, pairs=pairs, levels=["layer"] * road.spec.layers, sink=sink)
+        out.sin().sum().backward()
+        found.append([out.detach(), *(t for pair in sink.values() for t in pair)])
+    for whole, tiled in zip(*found, strict=True):
+        torch.testing.assert_close(tiled, whole, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3"])
+def test_chosen_rows_give_the_hidden_states_and_gradients_of_those_rows(name):
+    road, frozen = road_of(tiny(name, dtype=torch.float64))
+    tokens, rows = random_tokens(COUNT), torch.tensor([0, 3, 10, 11, 35])
+    weights = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    pairs = random_pairs(frozen)
+    sinks = [empty_sink(pairs), empty_sink(pairs)]
+    whole = run(road, tokens, EDGES, pairs=pairs, sink=sinks[0])[rows]
+    chosen = run(road, tokens, EDGES, pairs=pairs, sink=sinks[1], rows=rows)
+    torch.testing.assert_close(chosen, whole, rtol=1e-12, atol=1e-12)
+    for out in (whole, chosen):
+        (out * weights).sum().backward()
+    for path in pairs:
+        torch.testing.assert_close(sinks[0][path], sinks[1][path], rtol=1e-10, atol=1e-10)
+
+
+def test_an_adapter_on_upper_layers_alone_gets_the_same_gradient_as_among_all():
+    road, frozen = road_of(tiny("llama", dtype=torch.float64))
+    tokens, pairs = random_tokens(COUNT), random_pairs(frozen)
+    few = {path: pair for path, pair in pairs.items() if "layers.2" in path and "k_proj" not in path}
+    zeroed = {path: pair if path in few else (pair[0], torch.zeros_like(pair[1])) for path, pair in pairs.items()}
+    sinks = [empty_sink(few), empty_sink(pairs)]
+    for some, sink in ((few, sinks[0]), (zeroed, sinks[1])):
+        run(road, tokens, EDGES, pairs=some, sink=sink).sin().sum().backward()
+    for path in few:
+        torch.testing.assert_close(sinks[0][path], sinks[1][path], rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -104,8 +153,9 @@ def test_in_fp64_packed_equals_separate_and_gradients_equal_finite_differences(n
     model, tokens = tiny(name, dtype=torch.float64), random_tokens(COUNT)
     expected = eager(model, tokens)
     road, frozen = road_of(model)
-    pairs = random_pairs(frozen, grad=True)
-    packed = run(road, tokens, EDGES, pairs=pairs)
+    pairs = random_pairs(frozen)
+    sink = empty_sink(pairs)
+    packed = run(road, tokens, EDGES, pairs=pairs, sink=sink)
     alone = torch.cat([run(road, tokens[i:j], (0, j - i), pairs=pairs) for i, j in pairwise(EDGES)])
     torch.testing.assert_close(packed, alone, rtol=1e-11, atol=1e-11)
     # transformers normalises and takes its softmax in fp32 whatever the type.
@@ -113,7 +163,8 @@ def test_in_fp64_packed_equals_separate_and_gradients_equal_finite_differences(n
 
     path = list(pairs)[1]
     a = pairs[path][0]
-    (slope,) = torch.autograd.grad(packed.sin().sum(), a)
+    packed.sin().sum().backward()
+    slope = sink[path][0]
     step = torch.randn(a.shape, dtype=a.dtype, generator=torch.Generator().manual_seed(4))
     ends = [
         run(road, tokens, EDGES, pairs=pairs | {path: (a + sign * 2e-6 * step, pairs[path][1])}).sin().sum()
@@ -151,41 +202,6 @@ def test_in_bf16_the_rounding_points_are_those_of_transformers(name):
     assert ours.dtype == torch.bfloat16
     assert_near(ours.float(), with_ours.float(), 1e-3)
     assert_near(ours.float(), with_eager.float(), 0.02)
-
-
-@pytest.mark.parametrize("kind", ["round_then_scale", "scale_then_round", "one_plus"])
-def test_norms_in_bf16_equal_the_modules_bit_for_bit(kind):
-    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-    from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
-
-    module = {"round_then_scale": LlamaRMSNorm, "scale_then_round": Olmo2RMSNorm, "one_plus": Gemma2RMSNorm}[kind](
-        64, eps=1e-5
-    )
-    generator = torch.Generator().manual_seed(0)
-    module.weight.data = torch.randn(64, generator=generator).bfloat16()
-    x, y = (torch.randn(200, 64, generator=generator).bfloat16() * 3 for _ in range(2))
-    outputs, grads = [], []
-    for norm in (module, lambda x: rms_norm(x, module.weight.data, 1e-5, kind)):
-        leaf = x.clone().requires_grad_()
-        outputs.append(norm(leaf))
-        outputs[-1].backward(y)
-        grads.append(leaf.grad.float())
-    assert torch.equal(*outputs)
-    assert_near(grads[1], grads[0], 4e-3)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_gated_activation_and_its_gradient(activation):
-    generator = torch.Generator().manual_seed(0)
-    gate, up = (torch.randn(5, 7, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(2))
-    inner = {
-        "silu": gate / (1 + torch.exp(-gate)),
-        "gelu": gate * 0.5 * (1 + torch.erf(gate / 2**0.5)),
-        "gelu_tanh": gate * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))),
-    }[activation]
-    torch.testing.assert_close(gated(gate, up, activation), inner * up, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda g, u: gated(g, u, activation), (gate, up))
 
 
 def test_a_multimodal_gemma3_runs_its_text_part():

@@ -86,8 +86,8 @@ def test_a_model_that_shapes_its_logits_in_an_unknown_way_is_refused(tmp_path):
 def test_a_probe_that_disagrees_takes_the_plain_road_and_says_so(tiny_model, monkeypatch):
     from local_tinker.model import layer
 
-    real = layer.rotate
-    monkeypatch.setattr(layer, "rotate", lambda x, cos, sin: real(x, cos, -sin))
+    real = layer.rotate_qk
+    monkeypatch.setattr(layer, "rotate_qk", lambda qkv, heads, angles: real(qkv, heads, (angles[0], -angles[1])))
     model = load(tiny_model)
     assert model.road.name == "plain"
     assert len(model.said) == 1 and "the fast road differs from it by" in model.said[0]

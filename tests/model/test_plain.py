@@ -10,15 +10,16 @@ from transformers.pytorch_utils import Conv1D
 
 from local_tinker.errors import ModelError
 from local_tinker.model.attention import VarlenCausal
-from local_tinker.model.layer import FastRoad, collect
 from local_tinker.model.linear import FrozenLinear
 from local_tinker.model.lora import LoraDropout
 from local_tinker.model.plain import PlainRoad, probe, relative_gap
+from local_tinker.model.road import FastRoad, collect
 from local_tinker.model.spec import spec_for
 from tests.model.families import (
     VOCAB,
     CacheAttend,
     config_of,
+    empty_sink,
     freeze,
     packed_positions,
     random_pairs,
@@ -65,10 +66,11 @@ def test_both_roads_agree_with_adapters_values_and_gradients(name):
     fast, plain, frozen = roads_of(name)
     tokens, results = random_tokens(COUNT), []
     for road in (fast, plain):
-        pairs = random_pairs(frozen, grad=True)
-        out = run(road, tokens, pairs=pairs)
+        pairs = random_pairs(frozen)
+        sink = empty_sink(pairs)
+        out = run(road, tokens, pairs=pairs, sink=sink)
         out.sin().sum().backward()
-        results.append([out, *(t.grad for pair in pairs.values() for t in pair)])
+        results.append([out, *(t for pair in sink.values() for t in pair)])
     for ours, theirs in zip(*results, strict=True):
         assert relative_gap(ours, theirs) < 1e-5
 
@@ -84,9 +86,9 @@ def test_no_pairs_is_the_base_alone_before_and_after_adapters():
 
 def test_a_call_leaves_neither_adapter_nor_reference_in_the_model():
     _, plain, frozen = roads_of("llama")
-    tokens, pairs = random_tokens(COUNT), random_pairs(frozen, grad=True)
+    tokens, pairs = random_tokens(COUNT), random_pairs(frozen)
     base = plain.model.model(input_ids=tokens[None], use_cache=False).last_hidden_state
-    run(plain, tokens, pairs=pairs, recompute=True).sum().backward()
+    run(plain, tokens, pairs=pairs, levels=["layer"] * 3, sink=empty_sink(pairs)).sum().backward()
     assert torch.equal(plain.model.model(input_ids=tokens[None], use_cache=False).last_hidden_state, base)
     watched = [weakref.ref(t) for pair in pairs.values() for t in pair]
     del pairs
@@ -123,14 +125,15 @@ def test_recompute_finds_the_adapter_of_its_own_call(name):
         LoraDropout(0.25, seeds=tuple(range(len(EDGES) - 1)), lengths=tuple(j - i for i, j in pairwise(EDGES))),
         [],
     )
-    for road, recompute in ((fast, False), (plain, False), (plain, True)):
-        pairs = random_pairs(frozen, grad=True)
-        out = run(road, tokens, pairs=pairs, recompute=recompute, dropout=dropout)
+    for road, level in ((fast, "norms"), (plain, "norms"), (plain, "layer")):
+        pairs = random_pairs(frozen)
+        sink = empty_sink(pairs)
+        out = run(road, tokens, pairs=pairs, levels=[level] * 3, dropout=dropout, sink=sink)
         with torch.no_grad():  # a reference pass before backward must not disturb it
             run(road, tokens, pairs=random_pairs(frozen, seed=9), scale=3.0)
             run(road, tokens)
         out.sin().sum().backward()
-        grads.append([t.grad for pair in pairs.values() for t in pair])
+        grads.append([t for pair in sink.values() for t in pair])
     assert all(torch.equal(a, b) for a, b in zip(grads[1], grads[2], strict=True))
     assert all(relative_gap(a, b) < 1e-5 for a, b in zip(grads[0], grads[1], strict=True))
 
@@ -138,12 +141,13 @@ def test_recompute_finds_the_adapter_of_its_own_call(name):
 def test_recompute_keeps_fewer_tensors():
     _, plain, frozen = roads_of("llama")
     kept = []
-    for recompute in (False, True):
+    for level in ("norms", "layer"):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t
         ):
-            run(plain, random_tokens(COUNT), pairs=random_pairs(frozen, grad=True), recompute=recompute)
+            pairs = random_pairs(frozen)
+            run(plain, random_tokens(COUNT), pairs=pairs, levels=[level] * 3, sink=empty_sink(pairs))
         kept.append(sum(sizes))
     assert kept[1] < 0.3 * kept[0]
 
@@ -171,14 +175,15 @@ def test_gpt2_learned_positions_restart_with_each_packed_document():
 def test_gpt2_adapters_train_through_peft():
     model = gpt2()
     frozen = {path: module for path, module in model.named_modules() if isinstance(module, FrozenLinear)}
-    road, tokens, pairs = PlainRoad(model), random_tokens(COUNT), random_pairs(frozen, grad=True)
-    run(road, tokens, pairs=pairs).sin().sum().backward()
+    road, tokens, pairs = PlainRoad(model), random_tokens(COUNT), random_pairs(frozen)
+    sink = empty_sink(pairs)
+    run(road, tokens, pairs=pairs, sink=sink).sin().sum().backward()
     path = "transformer.h.1.mlp.c_fc"
     a, b = pairs[path]
     step = torch.randn(b.shape, generator=torch.Generator().manual_seed(1)) * 1e-2
     with torch.no_grad():
         ends = [run(road, tokens, pairs=pairs | {path: (a, b + sign * step)}).double().sin().sum() for sign in (1, -1)]
-    assert ((ends[0] - ends[1]) / 2).item() == pytest.approx((b.grad * step).sum().item(), rel=2e-3)
+    assert ((ends[0] - ends[1]) / 2).item() == pytest.approx((sink[path][1] * step).sum().item(), rel=2e-3)
 
 
 @pytest.mark.parametrize("make", [lambda: tiny("gemma2"), gpt2], ids=["gemma2", "gpt2"])

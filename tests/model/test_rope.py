@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from local_tinker.errors import ModelError
-from local_tinker.model.rope import document_lengths, rope_of, rotate
+from local_tinker.model.kernels.rope import rotate
+from local_tinker.model.rope import document_lengths, rope_of
 from tests.model.families import config_of, tiny
 
 CPU = torch.device("cpu")

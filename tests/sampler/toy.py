@@ -52,7 +52,7 @@ class ToyRoad:
         self.tokens_seen = 0
         self.grad_modes = set()
 
-    def hidden(self, tokens, *, positions, attend, pairs, scale, recompute=False, dropout=None):
+    def hidden(self, tokens, *, positions, attend, pairs, scale):
         self.forwards += 1
         self.tokens_seen += len(tokens)
         self.grad_modes.add((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))

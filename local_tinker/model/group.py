@@ -1,0 +1,316 @@
+"""Frozen projections of one input, computed as one product with their adapters: y = x W^T + b + s (x A^T) B^T.
+
+LoRA (Hu et al., arXiv 2106.09685) stays unmerged: a dequantised weight sits on the bf16 grid, and small updates added to
+it would be rounded away. Two forms compute the same thing:
+
+- "separate": the base product, then a thin product a member. Any device and type, dropout too.
+- "fused" (half precision on a card): the adapter rides inside the base's product. Several members: [x | x A^T] [W | s B]^T,
+  so no pass over y is needed for the adapters, and the backward's product with [W | s B] gives dx and s dy B at once.
+  One member: A's rows under W's give y and x A^T at once, and backward is [dy | s dy B] [W ; A].
+
+Shapes: N packed tokens, I inputs, O outputs of all members, R rank, m adapted members, T = m R rounded up to 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .kernels import KERNEL_DTYPES
+from .kernels.lora import block_diagonal
+from .linear import FrozenLinear
+from .lora import LoraDropout, LoraPair
+
+ALIGN = 8  # elements; rows of half precision then start at 16 bytes, which fast products ask for
+
+
+def padded(width: int) -> int:
+    return -(-width // ALIGN) * ALIGN
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Matrices of equal width on top of each other; a view where they already lie so, which flat adapters do."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if not _adjacent(parts):
+        return torch.cat(list(parts))
+    return first.as_strided((sum(p.shape[0] for p in parts), first.shape[1]), first.stride())
+
+
+def _adjacent(parts: Sequence[Tensor]) -> bool:
+    ends = [p.data_ptr() + p.numel() * p.element_size() for p in parts]
+    one = len({p.untyped_storage().data_ptr() for p in parts}) == 1
+    return (
+        one
+        and all(p.is_contiguous() for p in parts)
+        and all(end == p.data_ptr() for end, p in zip(ends, parts[1:], strict=False))
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class GroupLora:
+    """The adapters of one group in one pass.
+
+    Attributes:
+        members: which of the group's linears are adapted. a: (m R, I). bs: (O_i, R) each.
+        scale: multiplies B A x. dropout: on each adapter's input, or None.
+    """
+
+    members: tuple[int, ...]
+    a: Tensor
+    bs: tuple[Tensor, ...]
+    scale: float
+    dropout: LoraDropout | None
+
+    @property
+    def rank(self) -> int:
+        return self.bs[0].shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.rank * len(self.members)
+
+
+class ProjectionGroup:
+    """Linears that read the same input; `paths` name them in the transformers model.
+
+    While `hold()` is in force the dequantised weights stay in one buffer of which every member's `dense()` is a view,
+    with room beside (or below) them for an adapter. It holds the bits that dequantising gives: residency changes speed
+    and memory, never a result.
+    """
+
+    def __init__(self, paths: tuple[str, ...], linears: tuple[FrozenLinear, ...]) -> None:
+        self.paths, self.linears = paths, linears
+        self.inputs = linears[0].in_features
+        self.outputs = sum(linear.out_features for linear in linears)
+        edges = [0]
+        for linear in linears:
+            edges.append(edges[-1] + linear.out_features)
+        self.starts = tuple(edges)
+        self._resident: Tensor | None = None
+        self._bias = self._stack_bias()
+
+    def _stack_bias(self) -> Tensor | None:
+        if all(linear.bias is None for linear in self.linears):
+            return None
+        like = next(linear.bias for linear in self.linears if linear.bias is not None)
+        return torch.cat(
+            [like.new_zeros(li.out_features) if li.bias is None else li.bias.detach() for li in self.linears]
+        )
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    @property
+    def single(self) -> bool:
+        return len(self.linears) == 1
+
+    @property
+    def held(self) -> bool:
+        return self._resident is not None
+
+    def hold(self, width: int = 0) -> None:
+        """Keep the weights dense, with room for adapters of `width` columns in all (R a member)."""
+        if self._resident is None or self._room() < padded(width):
+            self.release()
+            self._resident = self._dequantised(padded(width))
+            for linear, start in zip(self.linears, self.starts, strict=False):
+                linear.share(self._resident[start : start + linear.out_features, : self.inputs])
+
+    def release(self) -> None:
+        self._resident = None
+        for linear in self.linears:
+            linear.release()
+
+    def _room(self) -> int:
+        rows, columns = self._resident.shape
+        return rows - self.outputs if self.single else columns - self.inputs
+
+    def _dequantised(self, room: int) -> Tensor:
+        """A new buffer: (O + room, I) for one member, (O, I + room) for several; the room is not filled."""
+        shape = (self.outputs + room, self.inputs) if self.single else (self.outputs, self.inputs + room)
+        first = self.linears[0]
+        buffer = torch.empty(shape, dtype=first.dtype, device=first.weight.device)
+        for linear, start in zip(self.linears, self.starts, strict=False):
+            linear.dense_into(buffer[start : start + linear.out_features, : self.inputs])
+        return buffer
+
+    def dense(self) -> Tensor:
+        """(O, I), rows possibly part of something wider."""
+        if self.single and self._resident is None:
+            return self.linears[0].dense()
+        buffer = self._resident if self._resident is not None else self._dequantised(0)
+        return buffer[: self.outputs, : self.inputs]
+
+    def _with_adapter(self, lora: GroupLora) -> Tensor:
+        """[W ; A ; 0] (O + T, I) for one member, [W | s B | 0] (O, I + T) for several."""
+        room = padded(lora.width)
+        if self._resident is None:
+            buffer = self._dequantised(room)
+        else:
+            self.hold(lora.width)
+            buffer = self._resident
+        if self.single:
+            buffer = buffer[: self.outputs + room]
+            buffer[self.outputs : self.outputs + lora.rank].copy_(lora.a)
+            if room > lora.rank:
+                buffer[self.outputs + lora.rank :].zero_()
+        else:
+            buffer = buffer[:, : self.inputs + room]
+            block_diagonal(
+                [(b, self.starts[i]) for i, b in zip(lora.members, lora.bs, strict=True)],
+                lora.scale,
+                buffer[:, self.inputs :],
+            )
+        return buffer
+
+    # -- one pass ----------------------------------------------------------------------------------------------------
+
+    def lora(self, pairs: Mapping[str, LoraPair], scale: float, dropout: LoraDropout | None = None) -> GroupLora | None:
+        members = tuple(i for i, path in enumerate(self.paths) if path in pairs)
+        if not members:
+            return None
+        found = [pairs[self.paths[i]] for i in members]
+        return GroupLora(
+            members, stacked([a.detach() for a, _ in found]), tuple(b.detach() for _, b in found), scale, dropout
+        )
+
+    def fused(self, lora: GroupLora | None) -> bool:
+        """Whether this pass takes the fused form."""
+        first = self.linears[0]
+        return lora is not None and lora.dropout is None and first.weight.is_cuda and first.dtype in KERNEL_DTYPES
+
+    def room(self, like: Tensor, lora: GroupLora | None) -> Tensor:
+        """A buffer for the input: (N, I), or (N, I + T) where the fused form wants room for x A^T. Fill the first I."""
+        extra = padded(lora.width) if self.fused(lora) and not self.single else 0
+        return like.new_empty(like.shape[0], self.inputs + extra)
+
+    def forward(self, x: Tensor, lora: GroupLora | None) -> tuple[Tensor, Tensor | None]:
+        """x as `room` gave it -> y (N, O) and thin = x A^T (N, m R), which backward wants; None without adapters."""
+        if lora is None:
+            return F.linear(x, self.dense(), self._bias), None
+        if not self.fused(lora):
+            return self._forward_separate(x, lora)
+        weight, width = self._with_adapter(lora), lora.width
+        if self.single:
+            bias = None if self._bias is None else F.pad(self._bias, (0, weight.shape[0] - self.outputs))
+            both = F.linear(x, weight, bias)
+            y, thin = both[:, : self.outputs], both[:, self.outputs : self.outputs + width]
+            y.addmm_(thin, lora.bs[0].t(), alpha=lora.scale)
+            return y, thin
+        thin = x[:, self.inputs : self.inputs + width]
+        torch.mm(x[:, : self.inputs], lora.a.t(), out=thin)
+        if padded(width) > width:
+            x[:, self.inputs + width :].zero_()
+        return F.linear(x, weight, self._bias), thin
+
+    def _forward_separate(self, x: Tensor, lora: GroupLora) -> tuple[Tensor, Tensor]:
+        y = F.linear(x, self.dense(), self._bias)
+        thin = self._thin(x, lora)
+        for slot, (i, b) in enumerate(zip(lora.members, lora.bs, strict=True)):
+            rows = y[:, self.starts[i] : self.starts[i + 1]]
+            rows.addmm_(thin[:, slot * lora.rank : (slot + 1) * lora.rank], b.t(), alpha=lora.scale)
+        return y, thin
+
+    def _thin(self, x: Tensor, lora: GroupLora) -> Tensor:
+        """x A^T (N, m R), each member's through its own dropout."""
+        if lora.dropout is None:
+            return x @ lora.a.t()
+        parts = lora.a.split(lora.rank)
+        masked = [lora.dropout(x, self.paths[i]) @ a.t() for i, a in zip(lora.members, parts, strict=True)]
+        return torch.cat(masked, dim=1)
+
+    def backward_input(
+        self, dy: Tensor, lora: GroupLora | None, *, need: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """-> dx (N, I), rows possibly part of something wider, and q = s dy B (N, m R), which `backward_adapter` wants.
+
+        Args:
+            dy: (N, O), or (N, O + T) with room after the gradient, which the fused form of one member fills.
+            need: False leaves dx out.
+        """
+        grad = dy[:, : self.outputs]
+        if lora is None:
+            return (grad @ self.dense() if need else None), None
+        if not self.fused(lora):
+            return self._backward_separate(grad, lora, need)
+        weight, width = self._with_adapter(lora), lora.width
+        if self.single:
+            if dy.shape[1] != weight.shape[0]:
+                dy = F.pad(grad, (0, weight.shape[0] - self.outputs))
+            q = dy[:, self.outputs : self.outputs + width]
+            q.addmm_(grad, lora.bs[0], beta=0, alpha=lora.scale)
+            if padded(width) > width:
+                dy[:, self.outputs + width :].zero_()
+            return (dy @ weight if need else None), q
+        if not need:
+            return None, grad @ weight[:, self.inputs : self.inputs + width]
+        both = grad @ weight
+        dx, q = both[:, : self.inputs], both[:, self.inputs : self.inputs + width]
+        return dx.addmm_(q, lora.a), q
+
+    def _backward_separate(self, dy: Tensor, lora: GroupLora, need: bool) -> tuple[Tensor | None, Tensor]:
+        q = torch.cat(
+            [
+                (dy[:, self.starts[i] : self.starts[i + 1]] @ b).mul_(lora.scale)
+                for i, b in zip(lora.members, lora.bs, strict=True)
+            ],
+            dim=1,
+        )
+        if not need:
+            return None, q
+        dx = dy @ self.dense()
+        if lora.dropout is None:
+            return dx.addmm_(q, lora.a), q
+        for i, part, a in zip(lora.members, q.split(lora.rank, dim=1), lora.a.split(lora.rank), strict=True):
+            dx += lora.dropout(part @ a, self.paths[i])  # a mask is its own transpose
+        return dx, q
+
+    def backward_adapter(
+        self,
+        q: Tensor | None,
+        dy: Tensor,
+        x: Tensor,
+        thin: Tensor | None,
+        lora: GroupLora | None,
+        sink: Mapping[str, LoraPair],
+    ) -> None:
+        """Add dA = q^T x and dB = s dy^T (x A^T) to `sink`, in its type.
+
+        Args:
+            x: (N, I) the input. thin: as `forward` gave it; None computes it again.
+        """
+        if lora is None:
+            return
+        dy, thin = dy[:, : self.outputs], self._thin(x, lora) if thin is None else thin
+        targets = [sink[self.paths[i]] for i in lora.members]
+        if lora.dropout is None:
+            _add(stacked_target([a for a, _ in targets]), _product(q.t(), x))
+        else:
+            for i, part, (a, _) in zip(lora.members, q.split(lora.rank, dim=1), targets, strict=True):
+                a.add_(_product(part.t(), lora.dropout(x, self.paths[i])))
+        db = _product(dy.t(), thin)  # off-diagonal blocks are computed too: one product that reads dy once
+        for slot, (i, (_, b)) in enumerate(zip(lora.members, targets, strict=True)):
+            block = db[self.starts[i] : self.starts[i + 1], slot * lora.rank : (slot + 1) * lora.rank]
+            b.add_(block, alpha=lora.scale)
+
+
+def stacked_target(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """One tensor to add to where the parts lie on top of each other, else the parts."""
+    return [stacked(parts)] if len(parts) == 1 or _adjacent(parts) else parts
+
+
+def _add(targets: Sequence[Tensor], value: Tensor) -> None:
+    for target, part in zip(targets, value.split([t.shape[0] for t in targets]), strict=True):
+        target.add_(part)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, in fp32 where half precision on a card can give it."""
+    if a.is_cuda and a.dtype in KERNEL_DTYPES:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b

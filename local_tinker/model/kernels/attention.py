@@ -1,0 +1,380 @@
+"""Causal attention over packed documents, forward and backward, with windows, soft caps and shared key-value heads.
+
+FlashAttention-2's arithmetic (arXiv 2307.08691) with two choices of its own. The backward never adds through atomics: one
+kernel owns a block of queries and gives dq, another owns a block of keys and gives dk and dv over all query heads that
+share them. So gradients are the same bits every time, nothing is expanded to the query heads, and dq, dk and dv land in
+the caller's buffer. The definition is `model.attention.attend_reference`.
+
+Shapes: N packed tokens, Hq query heads, Hkv key-value heads, G = Hq / Hkv, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import tl, triton
+
+
+class Blocks(NamedTuple):
+    """Rows of the block that one program owns, rows it looks at in one step (a divisor), warps, steps loaded ahead."""
+
+    own: int
+    look: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Block sizes of the three kernels."""
+
+    forward: Blocks
+    query: Blocks
+    key: Blocks
+
+
+LONG = 4096  # a token's document, on average over tokens, from where wide blocks pay
+
+
+def tuning(head_dim: int, capability: tuple[int, int], length: float) -> Tuning:
+    """Measured on an H100 (docs of mean 60, mean 500 and one of 8,192 tokens); elsewhere what fits its shared memory.
+
+    Args:
+        length: mean over tokens of their document's length.
+    """
+    if head_dim > 128:
+        return Tuning(Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1))
+    if capability < (9, 0):
+        return Tuning(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2))
+    key = Blocks(64, 32, 4, 3) if head_dim <= 64 else Blocks(64, 64, 4, 2)
+    wide = Blocks(128, 64, 8, 3) if length >= LONG and head_dim > 64 else Blocks(64, 32, 4, 3)
+    return Tuning(wide, wide, key)
+
+
+class PackedBlocks:
+    """Who owns which rows, made on the host once a micro-batch, the longest work first.
+
+    Args:
+        cu_seqlens: document i holds tokens cu_seqlens[i] to cu_seqlens[i + 1].
+
+    Attributes:
+        length: mean over tokens of their document's length.
+    """
+
+    def __init__(self, cu_seqlens: Sequence[int], device: torch.device) -> None:
+        self._edges = [(start, stop - start) for start, stop in pairwise(cu_seqlens)]
+        self.length = sum(length * length for _, length in self._edges) / max(1, cu_seqlens[-1])
+        self._device = device
+        self._made: dict[tuple[int, bool], Tensor] = {}
+
+    def of(self, size: int, *, keys: bool) -> Tensor:
+        """(blocks, 3) int32: the document's first token, the block's first row in it, the document's length."""
+        if (size, keys) not in self._made:
+            parts = [
+                np.stack(np.broadcast_arrays(start, np.arange(0, length, size), length), axis=1)
+                for start, length in self._edges
+            ]
+            rows = np.concatenate(parts)
+            work = (
+                rows[:, 2] - rows[:, 1] if keys else rows[:, 1]
+            )  # keys are seen by what follows, queries see what went before
+            rows = np.ascontiguousarray(rows[np.argsort(-work, kind="stable")], dtype=np.int32)
+            host = torch.from_numpy(rows)
+            on_card = self._device.type == "cuda"
+            self._made[size, keys] = host.pin_memory().to(self._device, non_blocking=True) if on_card else host
+        return self._made[size, keys]
+
+
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, blocks: PackedBlocks, *, scale: float, window: int | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """q (N, Hq, D), k, v (N, Hkv, D), heads and dimensions without gaps -> out (N, Hq, D), log-sum-exp (Hq, N) base 2."""
+    n, heads, d = q.shape
+    out = torch.empty((n, heads, d), dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, n), dtype=torch.float32, device=q.device)
+    own, look, warps, stages = _tuning(q, blocks).forward
+    work = blocks.of(own, keys=False)
+    _forward[(work.shape[0], heads)](
+        q, k, v, out, lse, work, n, q.stride(0), k.stride(0), v.stride(0), scale, softcap or 1.0,
+        HQ=heads, **_constants(q, k, window, softcap), BM=own, BN=look, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def attend_packed_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    blocks: PackedBlocks,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Fill `into` = dq (N, Hq, D), dk, dv (N, Hkv, D), which may be parts of one wide buffer."""
+    n, heads, _ = q.shape
+    dq, dk, dv = into
+    dots = torch.empty_like(lse)  # sum over D of dout * out, made by the first kernel for the second
+    constants = _constants(q, k, window, softcap)
+    own, look, warps, stages = _tuning(q, blocks).query
+    work = blocks.of(own, keys=False)
+    _backward_queries[(work.shape[0], heads)](
+        q, k, v, out, dout, lse, dots, dq, work, n, q.stride(0), k.stride(0), v.stride(0), dout.stride(0), dq.stride(0),
+        scale, softcap or 1.0, HQ=heads, **constants, BM=own, BN=look, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    own, look, warps, stages = _tuning(q, blocks).key
+    work = blocks.of(own, keys=True)
+    _backward_keys[(work.shape[0], k.shape[1])](
+        q, k, v, dout, lse, dots, dk, dv, work, n, q.stride(0), k.stride(0), v.stride(0), dout.stride(0), dk.stride(0),
+        dv.stride(0), scale, softcap or 1.0, **constants, BN=own, BM=look, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def _tuning(q: Tensor, blocks: PackedBlocks) -> Tuning:
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
+    return tuning(q.shape[-1], capability, blocks.length)
+
+
+def _constants(q: Tensor, k: Tensor, window: int | None, softcap: float | None) -> dict:
+    d = q.shape[-1]
+    return dict(
+        G=q.shape[1] // k.shape[1],
+        D=d,
+        DB=max(16, triton.next_power_of_2(d)),
+        WINDOW=window or 0,
+        CAP=softcap is not None,
+    )
+
+
+if triton is not None:
+
+    @triton.jit
+    def _tile(P, at, row_stride, ok, D: tl.constexpr, DB: tl.constexpr):
+        """Rows `at` of a head (rows, DB); rows that are not ok, and dimensions past D, are 0."""
+        d = tl.arange(0, DB)
+        mask = ok[:, None]
+        if D != DB:
+            mask = mask & (d[None, :] < D)
+        return tl.load(P + at.to(tl.int64)[:, None] * row_stride + d[None, :], mask=mask, other=0.0)
+
+    @triton.jit
+    def _put(P, at, row_stride, ok, value, D: tl.constexpr, DB: tl.constexpr):
+        d = tl.arange(0, DB)
+        mask = ok[:, None] & (d[None, :] < D)
+        tl.store(P + at.to(tl.int64)[:, None] * row_stride + d[None, :], value.to(P.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _scores(raw, scale, cap, CAP: tl.constexpr):
+        """q k^T -> scores in base 2, and the slope that the cap puts on their gradient."""
+        s = raw * scale
+        slope = 1.0
+        if CAP:
+            t = 2.0 * tl.sigmoid(2.0 * s / cap) - 1.0
+            s = cap * t
+            slope = 1.0 - t * t
+        return s * 1.4426950408889634, slope
+
+    @triton.jit
+    def _sees(rows, keys, length, WINDOW: tl.constexpr):
+        """Whether query `rows` see `keys`, both positions in one document, broadcast against each other."""
+        seen = (keys <= rows) & (rows < length)
+        if WINDOW > 0:
+            seen = seen & (keys > rows - WINDOW)
+        return seen
+
+    @triton.jit
+    def _forward_step(
+        acc, m, total, q, K, V, rows, n0, length, k_row, v_row, scale, cap,
+        D: tl.constexpr, DB: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
+    ):  # fmt: skip
+        keys = n0 + tl.arange(0, BN)
+        ok = keys < length
+        k = _tile(K, keys, k_row, ok, D, DB)
+        s, _ = _scores(tl.dot(q, tl.trans(k)), scale, cap, CAP)
+        if MASK:
+            s = tl.where(_sees(rows[:, None], keys[None, :], length, WINDOW), s, -1.0e30)
+        new = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2(s - new[:, None])
+        keep = tl.exp2(m - new)
+        total = total * keep + tl.sum(p, 1)
+        v = _tile(V, keys, v_row, ok, D, DB)
+        acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v)
+        return acc, new, total
+
+    @triton.jit
+    def _forward(
+        Q, K, V, OUT, LSE, WORK, N, q_row, k_row, v_row, scale, cap,
+        HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr,
+    ):  # fmt: skip
+        block, h = tl.program_id(0), tl.program_id(1)
+        start = tl.load(WORK + 3 * block).to(tl.int64)
+        first = tl.load(WORK + 3 * block + 1)
+        length = tl.load(WORK + 3 * block + 2)
+        rows = first + tl.arange(0, BM)
+        ok = rows < length
+        q = _tile(Q + start * q_row + h * D, rows, q_row, ok, D, DB)
+        K += start * k_row + (h // G) * D
+        V += start * v_row + (h // G) * D
+        m = tl.full([BM], -1.0e30, tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, DB], tl.float32)
+        if WINDOW > 0:
+            low = tl.maximum(first - WINDOW + 1, 0) // BN * BN
+            for n0 in range(low, tl.minimum(first + BM, length), BN):
+                acc, m, total = _forward_step(
+                    acc, m, total, q, K, V, rows, n0, length, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP, True
+                )
+        else:
+            for n0 in range(0, first, BN):  # all of these keys are seen by all of these queries
+                acc, m, total = _forward_step(
+                    acc, m, total, q, K, V, rows, n0, length, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP, False
+                )
+            for n0 in range(first, tl.minimum(first + BM, length), BN):
+                acc, m, total = _forward_step(
+                    acc, m, total, q, K, V, rows, n0, length, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP, True
+                )
+        _put(OUT + start * (HQ * D) + h * D, rows, HQ * D, ok, acc / total[:, None], D, DB)
+        tl.store(LSE + h.to(tl.int64) * N + start + rows, m + tl.log2(total), mask=ok)
+
+    @triton.jit
+    def _queries_step(
+        dq, q, do, lse, dots, K, V, rows, n0, length, k_row, v_row, scale, cap,
+        D: tl.constexpr, DB: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
+    ):  # fmt: skip
+        keys = n0 + tl.arange(0, BN)
+        ok = keys < length
+        k = _tile(K, keys, k_row, ok, D, DB)
+        v = _tile(V, keys, v_row, ok, D, DB)
+        s, slope = _scores(tl.dot(q, tl.trans(k)), scale, cap, CAP)
+        p = tl.exp2(s - lse[:, None])
+        if MASK:
+            p = tl.where(_sees(rows[:, None], keys[None, :], length, WINDOW), p, 0.0)
+        ds = p * (tl.dot(do, tl.trans(v)) - dots[:, None]) * slope
+        return dq + tl.dot(ds.to(k.dtype), k)
+
+    @triton.jit
+    def _backward_queries(
+        Q, K, V, OUT, DO, LSE, DOTS, DQ, WORK, N, q_row, k_row, v_row, do_row, dq_row, scale, cap,
+        HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr,
+    ):  # fmt: skip
+        block, h = tl.program_id(0), tl.program_id(1)
+        start = tl.load(WORK + 3 * block).to(tl.int64)
+        first = tl.load(WORK + 3 * block + 1)
+        length = tl.load(WORK + 3 * block + 2)
+        rows = first + tl.arange(0, BM)
+        ok = rows < length
+        q = _tile(Q + start * q_row + h * D, rows, q_row, ok, D, DB)
+        do = _tile(DO + start * do_row + h * D, rows, do_row, ok, D, DB)
+        out = _tile(OUT + start * (HQ * D) + h * D, rows, HQ * D, ok, D, DB)
+        at = h.to(tl.int64) * N + start + rows
+        lse = tl.load(LSE + at, mask=ok, other=0.0)
+        dots = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+        tl.store(DOTS + at, dots, mask=ok)
+        K += start * k_row + (h // G) * D
+        V += start * v_row + (h // G) * D
+        dq = tl.zeros([BM, DB], tl.float32)
+        if WINDOW > 0:
+            low = tl.maximum(first - WINDOW + 1, 0) // BN * BN
+            for n0 in range(low, tl.minimum(first + BM, length), BN):
+                dq = _queries_step(
+                    dq, q, do, lse, dots, K, V, rows, n0, length, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP, True
+                )
+        else:
+            for n0 in range(0, first, BN):
+                dq = _queries_step(
+                    dq,
+                    q,
+                    do,
+                    lse,
+                    dots,
+                    K,
+                    V,
+                    rows,
+                    n0,
+                    length,
+                    k_row,
+                    v_row,
+                    scale,
+                    cap,
+                    D,
+                    DB,
+                    BN,
+                    WINDOW,
+                    CAP,
+                    False,
+                )
+            for n0 in range(first, tl.minimum(first + BM, length), BN):
+                dq = _queries_step(
+                    dq, q, do, lse, dots, K, V, rows, n0, length, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP, True
+                )
+        _put(DQ + start * dq_row + h * D, rows, dq_row, ok, dq * scale, D, DB)
+
+    @triton.jit
+    def _keys_step(
+        dk, dv, k, v, Q, DO, LSE, DOTS, keys, m0, length, q_row, do_row, scale, cap,
+        D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
+    ):  # fmt: skip
+        rows = m0 + tl.arange(0, BM)
+        ok = rows < length
+        q = _tile(Q, rows, q_row, ok, D, DB)
+        do = _tile(DO, rows, do_row, ok, D, DB)
+        lse = tl.load(LSE + rows, mask=ok, other=0.0)
+        dots = tl.load(DOTS + rows, mask=ok, other=0.0)
+        s, slope = _scores(tl.dot(k, tl.trans(q)), scale, cap, CAP)  # (keys, queries)
+        p = tl.exp2(s - lse[None, :])
+        if MASK:
+            p = tl.where(_sees(rows[None, :], keys[:, None], length, WINDOW), p, 0.0)
+        dv += tl.dot(p.to(do.dtype), do)
+        ds = p * (tl.dot(v, tl.trans(do)) - dots[None, :]) * slope
+        dk += tl.dot(ds.to(q.dtype), q)
+        return dk, dv
+
+    @triton.jit
+    def _backward_keys(
+        Q, K, V, DO, LSE, DOTS, DK, DV, WORK, N, q_row, k_row, v_row, do_row, dk_row, dv_row, scale, cap,
+        G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+        BN: tl.constexpr, BM: tl.constexpr,
+    ):  # fmt: skip
+        block, g = tl.program_id(0), tl.program_id(1)
+        start = tl.load(WORK + 3 * block).to(tl.int64)
+        first = tl.load(WORK + 3 * block + 1)
+        length = tl.load(WORK + 3 * block + 2)
+        keys = first + tl.arange(0, BN)
+        ok = keys < length
+        k = _tile(K + start * k_row + g * D, keys, k_row, ok, D, DB)
+        v = _tile(V + start * v_row + g * D, keys, v_row, ok, D, DB)
+        dk = tl.zeros([BN, DB], tl.float32)
+        dv = tl.zeros([BN, DB], tl.float32)
+        stop = length
+        if WINDOW > 0:
+            stop = tl.minimum(length, first + BN + WINDOW - 1)
+        near = tl.minimum(stop, first + BN)  # from here on every query sees every key, but for a window and the end
+        for i in range(G):
+            h = g * G + i
+            q, do = Q + start * q_row + h * D, DO + start * do_row + h * D
+            at = h.to(tl.int64) * N + start
+            for m0 in range(first, near, BM):
+                dk, dv = _keys_step(
+                    dk, dv, k, v, q, do, LSE + at, DOTS + at, keys, m0, length, q_row, do_row, scale, cap,
+                    D, DB, BM, WINDOW, CAP, True,
+                )  # fmt: skip
+            for m0 in range(first + BN, stop, BM):
+                dk, dv = _keys_step(
+                    dk, dv, k, v, q, do, LSE + at, DOTS + at, keys, m0, length, q_row, do_row, scale, cap,
+                    D, DB, BM, WINDOW, CAP, WINDOW > 0,
+                )  # fmt: skip
+        _put(DK + start * dk_row + g * D, keys, dk_row, ok, dk * scale, D, DB)
+        _put(DV + start * dv_row + g * D, keys, dv_row, ok, dv, D, DB)

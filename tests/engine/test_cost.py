@@ -1,0 +1,74 @@
+"""Predicted time: its factors against tables worked from operation counts, its order against what is known."""
+
+from dataclasses import replace
+
+import pytest
+
+from local_tinker.engine.cost import recompute_factor, time_per_token
+from local_tinker.engine.footprint import Choice, TrainSettings
+from tests.engine.shapes import LLAMA_3B, LLAMA_8B, QWEN_7B
+
+BASE = Choice(tokens=8192, levels=("norms",) * 28)
+
+
+@pytest.mark.parametrize(
+    "dims, rank, gflop",
+    [
+        # table, sequences of 2,048: nothing, gate/up, qkv and gate/up, the layer without down_proj computed again
+        (LLAMA_3B, 32, (14.38, 17.19, 18.08, 18.98)),
+        (LLAMA_8B, 32, (32.40, 39.92, 41.53, 43.31)),
+        (QWEN_7B, 16, (29.96, 37.57, 38.49, 39.71)),
+    ],
+    ids=["3B", "8B", "7B"],
+)
+def test_recomputation_costs_what_its_operations_cost(dims, rank, gflop):
+    levels = ("norms", "mlp", "attention_mlp", "layer")
+    for level, expected in zip(levels, gflop, strict=True):
+        found = recompute_factor(dims, TrainSettings(rank=rank), level, context=2048)
+        assert found == pytest.approx(expected / gflop[0], rel=0.01), level
+
+
+@pytest.mark.parametrize(
+    "worse",
+    [
+        dict(levels=("mlp",) + ("norms",) * 27),
+        dict(tokens=4096),
+        dict(parked_moments=True),
+        dict(resident_layers=14),
+        dict(head_rows=256),
+    ],
+)
+def test_every_way_to_save_memory_takes_time(worse):
+    full = replace(BASE, resident_layers=28)
+    assert time_per_token(LLAMA_3B, TrainSettings(), replace(full, **worse)) > time_per_token(
+        LLAMA_3B, TrainSettings(), full
+    )
+
+
+def test_dequantisation_is_two_percent_of_a_step_of_8192_tokens():
+    # 3B: 7.1 GB a pass (table) are 1.5 ms at 4.8 TB/s, twice, of 149 ms at 790 TFLOP/s
+    settings = TrainSettings()
+    every = time_per_token(LLAMA_3B, settings, replace(BASE, resident_layers=28))
+    none = time_per_token(LLAMA_3B, settings, BASE)
+    assert (none - every) / every == pytest.approx(0.02, abs=0.003)
+    short = replace(BASE, tokens=1024)
+    assert time_per_token(LLAMA_3B, settings, short) - time_per_token(
+        LLAMA_3B, settings, replace(short, resident_layers=28)
+    ) == pytest.approx(8 * (none - every))
+    unquantised = [
+        time_per_token(LLAMA_3B, TrainSettings(quantize="none"), replace(BASE, resident_layers=n)) for n in (0, 28)
+    ]
+    assert unquantised[0] == unquantised[1]
+
+
+def test_resident_layers_spare_what_they_would_have_computed_with():
+    # a recomputed layer dequantises gate and up once more, so keeping that one resident gains more
+    settings, deep = TrainSettings(), replace(BASE, levels=("mlp",) + ("norms",) * 27)
+    plain_gain = time_per_token(LLAMA_3B, settings, BASE) - time_per_token(
+        LLAMA_3B, settings, replace(BASE, resident_layers=1)
+    )
+    deep_gain = time_per_token(LLAMA_3B, settings, deep) - time_per_token(
+        LLAMA_3B, settings, replace(deep, resident_layers=1)
+    )
+    weights = 2 * 100_663_296 + 2 * 3072 * 8192  # twice 100.7M weights a layer, and gate and up again
+    assert deep_gain / plain_gain == pytest.approx(weights / (2 * 100_663_296))

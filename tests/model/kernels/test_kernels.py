@@ -1,0 +1,174 @@
+"""Every kernel against the definition beside it: on a card, or on a CPU through Triton's interpreter.
+
+On a CPU `test_interpreter.py` runs this file in a process of its own with TRITON_INTERPRET=1.
+"""
+
+import os
+
+import pytest
+import torch
+
+from local_tinker.model.attention import VarlenCausal, attend_reference, attention_kernel
+from local_tinker.model.kernels import head, lora, nf4, norm, rope, serves, swiglu, triton
+from local_tinker.model.kernels.rope import HeadLayout
+from local_tinker.model.linear import NF4Weight
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+HALF = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter truncates to bf16 instead of rounding
+pytestmark = pytest.mark.skipif(
+    triton is None or not (INTERPRETED or torch.cuda.is_available()),
+    reason="needs Triton with a card or its interpreter",
+)
+
+
+def draw(*shape, seed=0, dtype=HALF, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
+
+
+def near(ours, theirs, tolerance=4e-3):
+    """Half precision may round the other way here and there; most entries are equal to the bit."""
+    ours, theirs = ours.double(), theirs.double()
+    gap = float((ours - theirs).norm() / theirs.norm())
+    assert gap < tolerance, f"relative difference {gap:.3g}"
+
+
+def test_the_kernels_are_what_runs_here():
+    assert serves(draw(2, 2)) and not serves(draw(2, 2, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("kind", norm.KINDS)
+@pytest.mark.parametrize("add", [False, True])
+def test_norm_with_the_sum_before_it(kind, add):
+    h, weight = draw(5, 70), draw(70, seed=2)
+    y = draw(5, 90, seed=1)[:, :70] if add else None  # rows of something wider
+    out, expected = draw(5, 80)[:, :70], draw(5, 70)
+    total = norm.add_norm(h, y, weight, 1e-5, kind, out=out)
+    assert torch.equal(total, norm.add_norm_reference(h, y, weight, 1e-5, kind, expected))
+    near(out, expected)
+
+
+@pytest.mark.parametrize("kind", norm.KINDS)
+@pytest.mark.parametrize("residual", [False, True])
+def test_norm_backward_in_place_over_its_inputs(kind, residual):
+    h, weight, dx, dh = draw(5, 70), draw(70, seed=2), draw(5, 80, seed=3)[:, :70], draw(5, 78, seed=4)[:, :70]
+    out, again = torch.empty_like(h), torch.empty_like(h)
+    before = dh.clone() if residual else None
+    norm.norm_backward_reference(dx.clone(), h, weight, 1e-5, kind, before, out, again)
+    norm.norm_backward(dx, h, weight, 1e-5, kind, residual=dh if residual else None, out=dh, again=dx)
+    near(dh, out)
+    near(dx, again)
+
+
+LAYOUTS = {
+    "plain": HeadLayout(6, 2, 16),
+    "odd": HeadLayout(3, 1, 24),
+    "normed": HeadLayout(4, 2, 16, "round_then_scale", 1e-6, True, draw(16, seed=8), draw(16, seed=9)),
+    "one_plus": HeadLayout(4, 4, 16, "one_plus", 1e-6, True, draw(16, seed=8), draw(16, seed=9)),
+}
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rotation_of_q_and_k_and_back(name, wide):
+    layout = LAYOUTS[name]
+    count, pairs = 5, layout.head_dim // 2
+    angles = tuple(
+        t.to(torch.float32 if wide else HALF)[:, None] for t in (draw(count, pairs).sin(), draw(count, pairs).cos())
+    )
+    raw = draw(count, sum(layout.sizes) + 8, seed=1)[:, : sum(layout.sizes)]
+    expected = torch.empty(count, sum(layout.sizes), dtype=HALF, device=DEVICE)
+    rope.rotate_qk_reference(raw.clone(), layout, angles, expected)
+    kept = raw.clone()
+    rotated = rope.rotate_qk(raw, layout, angles)
+    near(rotated, expected)
+    assert (rotated.data_ptr() == raw.data_ptr()) == (layout.q_norm is None)
+    ours = draw(count, sum(layout.sizes), seed=5)
+    theirs = ours.clone()
+    rope.rotate_back_reference(theirs, kept, layout, angles)
+    rope.rotate_back_(ours, kept, layout, angles)
+    near(ours, theirs, 6e-3)
+
+
+@pytest.mark.parametrize("activation", swiglu.ACTIVATIONS)
+def test_gated_activation_and_its_backward_in_place(activation):
+    gate_up, dy = draw(3, 2 * 1100 + 8)[:, :2200], draw(3, 1100, seed=1)
+    expected = torch.empty(3, 1100, dtype=HALF, device=DEVICE)
+    swiglu.gated_reference(gate_up, activation, expected)
+    near(swiglu.gated(gate_up, activation), expected)
+    theirs, product = gate_up.clone(), dy.clone()
+    swiglu.gated_backward_reference(theirs, product, activation)
+    swiglu.gated_backward_(gate_up, dy, activation)
+    near(gate_up, theirs, 6e-3)
+    near(dy, product)
+    near(dy, expected)
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (40, 64 * 7)])
+def test_nf4_has_the_bits_of_bitsandbytes(shape):
+    stored = NF4Weight(draw(*shape, scale=0.02))
+    out = torch.full((shape[0], shape[1] + 16), 7.0, dtype=HALF, device=DEVICE)
+    nf4.nf4_dense(stored.stored, stored.state, out[:, : shape[1]])
+    assert torch.equal(out[:, : shape[1]], stored.dense(HALF))
+    assert bool((out[:, shape[1] :] == 7.0).all())
+    expected = torch.empty(shape, dtype=HALF, device=DEVICE)
+    nf4.nf4_dense_reference(stored.stored, stored.state, expected)
+    assert torch.equal(expected, stored.dense(HALF))
+
+
+@pytest.mark.parametrize("members", [((0, 70),), ((0, 40), (56, 14)), ((0, 30), (30, 20), (50, 20))])
+@pytest.mark.parametrize("rank", [3, 16])
+def test_adapter_columns_are_block_diagonal(members, rank):
+    width = -(-rank * len(members) // 8) * 8
+    blocks = [(draw(rows, rank, seed=start), start) for start, rows in members]
+    ours, theirs = (torch.full((70, width + 5), 3.0, dtype=HALF, device=DEVICE) for _ in range(2))
+    lora.block_diagonal(blocks, 0.7, ours[:, :width])
+    lora.block_diagonal_reference(blocks, 0.7, theirs[:, :width])
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("vocab", [50, 4500])
+def test_rows_of_logits(vocab, softcap):
+    z, y = draw(4, vocab, dtype=torch.float32, scale=3.0), torch.tensor([0, 7, 49, vocab - 1], device=DEVICE)
+    found = []
+    for rows in (head.logit_rows, lambda z, y, **o: head.logit_rows_reference(z, y, *o.values())):
+        logprobs, entropy = torch.zeros(4, device=DEVICE), torch.zeros(4, device=DEVICE)
+        grad = torch.zeros(4, vocab, device=DEVICE)
+        rows(z, y, scale=0.5, softcap=softcap, logprobs=logprobs, entropy=entropy, grad=grad)
+        found.append((logprobs, entropy, grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+    over, spent = torch.zeros(4, device=DEVICE), z.clone()
+    half = head.half_over(spent, HALF)
+    head.logit_rows(spent, y, scale=0.5, softcap=softcap, logprobs=over, entropy=None, grad=half)
+    assert half.data_ptr() == spent.data_ptr() and torch.equal(half, found[0][2].to(HALF))
+    alone = torch.zeros(4, device=DEVICE)
+    head.logit_rows(z, y, scale=0.5, softcap=softcap, logprobs=alone, entropy=None, grad=None)
+    assert torch.equal(alone, found[0][0])
+
+
+@pytest.mark.parametrize("case", ["grouped", "window", "cap", "narrow", "one head"])
+def test_attention_over_packed_documents_and_its_gradients(case):
+    heads, kv_heads, d = {"one head": (1, 1, 32), "narrow": (2, 1, 24)}.get(case, (2, 1, 16))
+    window, softcap = (37 if case == "window" else None), (4.0 if case == "cap" else None)
+    edges = [0, 1, 40, 111] if case == "grouped" else [0, 20, 90]
+    n, options = edges[-1], dict(scale=0.4, window=window, softcap=softcap)
+    wide = draw(n, (heads + 2 * kv_heads) * d)
+    parts = [t.unflatten(-1, (-1, d)) for t in wide.split([heads * d, kv_heads * d, kv_heads * d], dim=-1)]
+    attend, dout = VarlenCausal(edges, DEVICE), draw(n, heads, d, seed=1)
+    assert attention_kernel(wide.device, HALF, d, softcap) == "packed"
+    out, kept = attend.forward(*parts, **options)
+    found = torch.full_like(wide, 7.0)
+    into = tuple(t.unflatten(-1, (-1, d)) for t in found.split([heads * d, kv_heads * d, kv_heads * d], dim=-1))
+    attend.backward(dout, *parts, out, kept, **options, into=into)
+    exact = [t.double().cpu().requires_grad_() for t in parts]
+    expected = attend_reference(*exact, edges, **options)
+    gradients = torch.autograd.grad(expected, exact, dout.double().cpu())
+    near(out.cpu(), expected.detach())
+    for ours, theirs in zip(into, gradients, strict=True):
+        near(ours.cpu(), theirs, 8e-3)
+    leaves = [t.detach().clone().requires_grad_() for t in parts]  # the same through autograd
+    attend(0, *leaves, **options).backward(dout)
+    assert all(torch.equal(leaf.grad, t) for leaf, t in zip(leaves, into, strict=True))
