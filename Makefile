@@ -1,5 +1,6 @@
 # make quickstart   a venv in .venv, then a first training run
 # make test         the test suite, as CI runs it
+# make battery      the acceptance tests: kills, resumes, threads, seeded bugs (FULL=1: every size, recorded)
 # make lint         ruff over the tree
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inp
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint
+.PHONY: help quickstart test battery lint
 
 help:  ## this text
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1  \2/p' Makefile | sed 's/^  make \([a-z]*\) /  make \1\t/'
@@ -20,6 +21,9 @@ quickstart: $(VENV)/.installed  ## install into .venv and train a small model
 
 test: $(VENV)/.installed-test  ## run the tests
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+
+battery: $(VENV)/.installed-test  ## run the acceptance tests (FULL=1: every size, recorded)
+	@FULL=$(FULL) OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m battery tests/battery -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.installed-dev  ## check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -9,7 +9,9 @@ import importlib.metadata
 import os
 import platform
 import secrets
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -196,6 +198,13 @@ class Run:
         self._write()
         return self
 
+    def note(self, **facts: Any) -> None:
+        """Add plain values to run.json."""
+        if self._lock is None:
+            raise StateError(f"run {self.id} is not ours to write: it was opened to look at, or has ended")
+        self._record = {**self._record, **plain(facts, where="note")}
+        self._write()
+
     def finish(self, status: str, cause: str | None = None) -> None:
         """Record how the run ended and give it up."""
         if status not in STATUSES:
@@ -266,13 +275,24 @@ def list_runs(root: str | Path, *, say: Callable[[str], None] | None = None) -> 
     return sorted(found, key=lambda run: (run.created, run.id))
 
 
-def last_unfinished(root: str | Path, config: Mapping[str, Any]) -> Run | None:
-    """The newest run of exactly this config that has ended unfinished and has saved something to resume from."""
-    wanted = plain(dict(config), where="config")
+def last_unfinished(
+    root: str | Path, config: Mapping[str, Any] | None = None, *, only_newest: bool = False
+) -> Run | None:
+    """The newest run that has ended unfinished and has saved something to resume from.
+
+    Args:
+        config: only runs of exactly this config.
+        only_newest: None when a newer run of that config ended otherwise.
+    """
+    wanted = None if config is None else plain(dict(config), where="config")
     for run in reversed(list_runs(root)):
+        if wanted is not None and run.config != wanted:
+            continue
         saved = run.checkpoints.is_dir() and any(not entry.startswith(".") for entry in os.listdir(run.checkpoints))
-        if saved and run.config == wanted and run.status in ("interrupted", "failed"):
+        if saved and run.status in ("interrupted", "failed"):
             return run
+        if only_newest:
+            return None
     return None
 
 
@@ -331,7 +351,8 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _session(now: datetime) -> dict[str, Any]:
-    return {"started": now.isoformat(), "ended": None, "seconds": None, "pid": os.getpid(), "host": platform.node()}
+    process = {"pid": os.getpid(), "host": platform.node(), "command": shlex.join(sys.argv)}
+    return {"started": now.isoformat(), "ended": None, "seconds": None, **process}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
+from .arguments import refuse_unknown
 from .data.render import Renderer
 from .engine.base import BaseInfo, Engine, SnapshotInfo
 from .errors import UsageError
@@ -68,6 +69,7 @@ class SamplingClient:
         min_p: float = 0.0,
         seed: int | None = None,
         stop: Any = None,
+        **unknown: Any,
     ) -> Completion:
         """One completion of one prompt.
 
@@ -82,6 +84,7 @@ class SamplingClient:
         Raises:
             UsageError: settings out of range, or a prompt that leaves no room in the model's context.
         """
+        refuse_unknown("sample", type(self).sample, unknown)
         params = _params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
         (group,) = self._collect([prompt], 1, params)
         return group[0]
@@ -103,6 +106,7 @@ class SamplingClient:
         min_p: float = 0.0,
         seed: int | None = None,
         stop: Any = None,
+        **unknown: Any,
     ):
         """Completions of several prompts, in the prompts' order.
 
@@ -119,6 +123,7 @@ class SamplingClient:
             raise UsageError(
                 "sample_batch takes a list of prompts, got one conversation; use sample, or put it in a list"
             )
+        refuse_unknown("sample_batch", type(self).sample_batch, unknown)
         params = _params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
         groups = self._collect(prompts, 1 if n is None else n, params)
         return [group[0] for group in groups] if n is None else groups
@@ -134,8 +139,10 @@ class SamplingClient:
         min_p: float = 0.0,
         seed: int | None = None,
         stop: Any = None,
+        **unknown: Any,
     ) -> Iterator[str]:
         """The text of one completion as it comes; whole characters only. Arguments are those of `sample`."""
+        refuse_unknown("stream", type(self).stream, unknown)
         params = _params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
         events = self._engine.sample(self._snapshot.id, self._requests([prompt], 1, params), stream=True)
         return (event.text for event in events if isinstance(event, Delta) and event.text)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import refuse_unknown
 from .checkpoint import read_folder
 from .errors import CheckpointError, UsageError
 from .hardware import Hardware, detect
@@ -33,9 +34,18 @@ class ServiceClient:
         device: "cuda" or "cpu"; None takes the GPU when there is one.
         quiet: keep notices (fallbacks, dropped rows, decisions) to itself instead of saying each once on stderr.
         engine: one of your own for this device, instead of the one that this process's clients share.
+        deterministic: on a GPU, only kernels whose results repeat bit for bit, for this process from here on (it turns on
+            `torch.use_deterministic_algorithms`); they are slower. On a CPU results repeat in any case.
     """
 
-    def __init__(self, *, device: str | None = None, quiet: bool = False, engine: LocalEngine | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        device: str | None = None,
+        quiet: bool = False,
+        engine: LocalEngine | None = None,
+        deterministic: bool = False,
+    ) -> None:
         if device not in (None, "cuda", "cpu"):
             raise UsageError(f"device must be 'cuda', 'cpu' or None, got {device!r}")
         if engine is not None:
@@ -48,6 +58,10 @@ class ServiceClient:
         self._device = device or self.hardware.kind
         self._own = engine
         self._say = Notices(lambda line: None) if quiet else Notices()
+        if deterministic and self._device == "cuda":
+            from .engine.determinism import make_deterministic
+
+            make_deterministic(say=self._say)
 
     def models(self) -> list[dict[str, Any]]:
         """One dict a known model: name, parameters, quantisation, planned peak, status on this hardware, whether on disk."""
@@ -71,6 +85,7 @@ class ServiceClient:
         overlong: str = "drop",
         adapter: str | Path | None = None,
         micro_batch_tokens: int | None = None,
+        **unknown: Any,
     ) -> TrainingClient:
         """A LoRA adapter on a frozen base, ready to train.
 
@@ -91,6 +106,7 @@ class ServiceClient:
         """
         from .training import TrainingClient
 
+        refuse_unknown("create_lora_training_client", type(self).create_lora_training_client, unknown)
         options = _options(rank, alpha, target_modules, train_unembed, dropout, seed, micro_batch_tokens)
         start = None if adapter is None else self._adapter(adapter)
         _check_lengths(max_length, overlong)

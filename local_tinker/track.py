@@ -57,20 +57,36 @@ class JsonlTracker:
         self.path = Path(run.folder) / METRICS
         if self.path.exists():
             _truncate(self.path, run.resume_step)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._pending = b""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         row: dict[str, Any] = {"step": step, "time": round(time.time(), 3), **_numbers(metrics)}
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row[name] = str(value)
-        # One write call a line, so that a killed process leaves at most one cut line, at the end.
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        # One write call a line, so that a killed process leaves at most one cut line, at the end. What a full disk does not
+        # take stays here and goes first the next time.
+        self._pending += json.dumps(row, allow_nan=False).encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
 
     def close(self) -> None:
-        if not self._file.closed:
+        if self._file.closed:
+            return
+        try:
+            self._flush()
             os.fsync(self._file.fileno())
+        except OSError as error:
+            rows = self._pending.count(b"\n")
+            raise CheckpointError(
+                f"the last {rows} rows of {self.path} could not be written ({error.strerror}); the run goes on from before them: "
+                "free space and resume it"
+            ) from error
+        finally:
             self._file.close()
 
 
@@ -147,13 +163,20 @@ TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
 
 
 class Trackers:
-    """Several trackers as one. An optional one that fails is said once and left out; a failing metrics.jsonl raises."""
+    """Several trackers as one. An optional one that fails is said once and left out; rows that metrics.jsonl cannot take
+    (a full disk) are said once, kept, and written when it can, or closing raises."""
 
     def __init__(self, always: Tracker, optional: dict[str, Tracker], say: Callable[[str], None]) -> None:
         self._always, self._optional, self._say = always, optional, say
+        self._told = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._always.log(step, metrics)
+        try:
+            self._always.log(step, metrics)
+        except OSError as error:
+            if not self._told:
+                self._say(f"{METRICS} cannot be written ({error.strerror}): its rows are kept and written when it can")
+            self._told = True
         for name in list(self._optional):
             self._try(name, lambda tracker: tracker.log(step, metrics))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter_folder import CONFIG, adapter_config, write_adapter
+from .arguments import adam_fields, holds_rollouts, kind_of, refuse_unknown
 from .checkpoint import dump_json, read_folder, write_folder
 from .custom_loss import evaluate, loss_weights, with_weights
 from .data.datum import check_fields, validate_datums
@@ -23,7 +24,7 @@ from .notices import Notices
 from .objectives import Policy, RolloutCall, RolloutMemory, grpo_call, policy_units, ppo_call
 from .references import ReferenceCache
 from .sampling import SamplingClient
-from .types import AdamParams, Completion, LossResult, Rollout, StepResult
+from .types import AdamParams, LossResult, StepResult
 
 _ROLLOUT_LOSSES = ("grpo", "ppo", "importance_sampling", "cispo", "dro")
 _NO_DROPOUT = ("dpo", "grpo", "ppo", "importance_sampling", "cispo", "dro")
@@ -164,6 +165,7 @@ class TrainingClient:
         weight_decay: float | None = None,
         grad_clip_norm: float | None = None,
         value_learning_rate: float = 1e-3,
+        **unknown: Any,
     ) -> StepResult:
         """Apply the accumulated gradient: divide, clip, AdamW, clear.
 
@@ -174,6 +176,7 @@ class TrainingClient:
         Raises:
             StateError: nothing was accumulated. UsageError: unknown fields, values out of range.
         """
+        refuse_unknown("optim_step", type(self).optim_step, unknown)
         keywords = {
             "learning_rate": learning_rate,
             "beta1": beta1,
@@ -183,7 +186,7 @@ class TrainingClient:
             "grad_clip_norm": grad_clip_norm,
         }
         given = {name: value for name, value in keywords.items() if value is not None}
-        chosen = AdamParams(**{**_adam_fields(params), **given})
+        chosen = AdamParams(**{**adam_fields(params), **given})
         AdamParams(learning_rate=value_learning_rate)  # the same limits hold for it
         return self._engine.optim_step(self._id, chosen, value_learning_rate=value_learning_rate)
 
@@ -202,13 +205,13 @@ class TrainingClient:
             raise UsageError(
                 f"dropout={self._options.dropout} makes log-probs of {spec.name!r} random; create the client with dropout=0"
             )
-        rollouts = _holds_rollouts(batch)
+        rollouts = holds_rollouts(batch)
         if rollouts and spec.name in _ROLLOUT_LOSSES:
             return self._rollout_call(batch, rewards, spec, options, fix=fix), frozenset()
         if rewards is not None:
             what = f"{spec.name!r} reads no rewards" if rollouts else "rewards belong to completions of a sampler"
             raise UsageError(
-                f"rewards were given with a batch of {_kind(batch)}, and {what}; name loss_fn='grpo', 'ppo' or "
+                f"rewards were given with a batch of {kind_of(batch)}, and {what}; name loss_fn='grpo', 'ppo' or "
                 "'importance_sampling' with completions, or leave the rewards out"
             )
         if spec.name == "grpo":
@@ -288,6 +291,11 @@ class TrainingClient:
             overwrite=overwrite,
         )
 
+    @property
+    def state_bytes(self) -> int:
+        """About the bytes of a saved state; a saved adapter takes a third of it."""
+        return self._engine.state_bytes(self._id)
+
     def save_state(
         self,
         path: str | Path,
@@ -328,7 +336,8 @@ class TrainingClient:
             raise CheckpointError(f"{path} is a saved {checkpoint.meta.get('kind', 'folder')}, not a training state")
         files = {name: checkpoint.bytes(name) for name in checkpoint.manifest if name.endswith(".safetensors")}
         state = TrainerState(files, checkpoint.meta["state"])
-        self._engine.import_state(self._id, state, ignore_gradients=discard_gradients)
+        keep_cut = self._options.micro_batch_tokens is not None
+        self._engine.import_state(self._id, state, ignore_gradients=discard_gradients, keep_cut=keep_cut)
         self._trained_on = set(checkpoint.meta["trained_on"])
         self._options = replace(self._options, seed=state.meta["seed"])
         self._memory, self._references = RolloutMemory(), ReferenceCache()
@@ -362,41 +371,3 @@ def _with_metrics(result: LossResult, extra: Mapping[str, float]) -> LossResult:
     if not extra:
         return result
     return LossResult(lambda: (float(result), {**extra, **result.metrics}, result.logprobs))
-
-
-def _holds_rollouts(batch: Any) -> bool:
-    """Completions or rollouts, flat or in groups; a group that holds plain text among them is one to refuse later."""
-    if isinstance(batch, (str, Mapping)) or not isinstance(batch, Sequence):
-        return False
-    for item in batch:
-        if isinstance(item, (Completion, Rollout)):
-            return True
-        if isinstance(item, (list, tuple)) and any(isinstance(one, (Completion, Rollout, str)) for one in item):
-            return True
-    return False
-
-
-def _adam_fields(params: Any) -> dict[str, Any]:
-    """The fields of our or Tinker's AdamParams, or of a mapping."""
-    fields = AdamParams.__dataclass_fields__
-    if params is None:
-        return {}
-    if isinstance(params, Mapping):
-        unknown = [name for name in params if name not in fields]
-        if unknown:
-            raise UsageError(f"optim_step has no setting {unknown[0]!r}; it takes {', '.join(fields)}")
-        return dict(params)
-    if not hasattr(params, "learning_rate"):
-        raise UsageError(
-            f"optim_step takes AdamParams or keywords, got {type(params).__name__}; write optim_step(learning_rate=...)"
-        )
-    return {name: getattr(params, name) for name in fields if hasattr(params, name)}
-
-
-def _kind(batch: Any) -> str:
-    if isinstance(batch, Mapping):
-        return "columns"
-    try:
-        return f"{type(next(iter(batch))).__name__}s"
-    except (TypeError, StopIteration):
-        return type(batch).__name__

@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from local_tinker.checkpoint import (
     MANIFEST,
@@ -207,6 +209,40 @@ def test_a_kill_after_any_system_call_leaves_only_whole_checkpoints_and_sweepabl
             assert latest_valid(root).meta == newest.meta
             save(root, 4)
             assert latest_valid(root).meta["step"] in (4, 9)
+
+
+def test_no_change_of_the_disk_bypasses_the_calls_that_are_killed_and_failed(tmp_path):
+    """Python's own audit of file system changes against what a recorder in Disk's place has seen."""
+    done = run_code(
+        """
+        from local_tinker.checkpoint.disk import Disk as Real
+        changes, calls = [], []
+
+        def audit(event, args):
+            if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                changes.append("create")
+            elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"):
+                changes.append(event)
+
+        names = {"create": "create", "mkdir": "os.mkdir", "rename": "os.rename", "replace": "os.rename"}
+        for name, event in {**names, "unlink": "os.remove", "rmdir": "os.rmdir"}.items():
+            def call(self, *args, real=getattr(Real, name), event=event):
+                calls.append(event)
+                return real(self, *args)
+            setattr(Real, name, call)
+        root = args[0]
+        sys.addaudithook(audit)
+        for step in (1, 2, 3):
+            write_folder(f"{root}/deep/step-{step}", {"a": b"1", "b": b"2"}, meta={"step": step})
+        write_folder(f"{root}/deep/step-3", {"a": b"1"}, meta={"step": 3}, overwrite=True)
+        replace_file(f"{root}/run.json", b"{}")
+        rotate(f"{root}/deep", 1, owner=None)
+        sweep(f"{root}/deep")
+        print(len(changes), changes == calls)
+        """,
+        tmp_path,
+    )
+    assert done.out == b"38 True\n", (done.out, done.err)
 
 
 def test_random_kills_lose_nothing_acknowledged(tmp_path):
@@ -720,3 +756,62 @@ def test_a_process_mark_tells_a_reused_pid_and_a_zombie_from_the_process():
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert ProcessMark(process.pid, 0, me.host).gone
     process.wait()
+
+
+# fuzzing
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    edits=st.lists(
+        st.tuples(st.floats(0, 1), st.sampled_from(["set", "cut", "insert"]), st.binary(min_size=1, max_size=3)),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_mutated_manifests_are_refused_and_never_crash_or_lie(fuzzed, edits):
+    path, original = fuzzed
+    data = bytearray(original)
+    for place, kind, values in edits:
+        at = int(place * len(data))
+        data[at : at + {"set": len(values), "cut": 5, "insert": 0}[kind]] = b"" if kind == "cut" else values
+    (path / MANIFEST).write_bytes(bytes(data))
+    try:
+        found = read_folder(path)
+    except CheckpointError as error:
+        assert str(path) in str(error) and bytes(data) != original
+    else:
+        assert bytes(data) == original and found.meta["step"] == 1
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    path = save(tmp_path_factory.mktemp("fuzz"), 1)
+    return path, (path / MANIFEST).read_bytes()
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.text(max_size=12) | st.from_regex(r"\.{0,2}[/\\]?[A-Za-z0-9._-]{0,6}(/\.\.)?", fullmatch=True))
+def test_a_name_that_passes_is_one_component_below_its_root(name):
+    root = Path("/somewhere/root")
+    try:
+        passed = check_name(name)
+    except UsageError:
+        return
+    assert (
+        passed == name and Path(os.path.normpath(root / name)).parent == root and len((root / name).name) == len(name)
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.binary(max_size=40) | st.text(alphabet='{}[]",:0129.eE-+ntfuaNIy \n', max_size=40).map(str.encode))
+def test_any_bytes_are_json_that_comes_back_the_same_or_a_value_error(data):
+    try:
+        value = parse_json(data)
+    except ValueError:
+        return
+    if isinstance(value, dict | list):
+        try:
+            assert parse_json(dump_json(value)) == value
+        except CheckpointError as error:  # a number too large for a float reads as infinity
+            assert "infinity" in str(error)

@@ -277,3 +277,71 @@ def test_an_adapter_of_other_weights_is_refused(service, trainer, tmp_path):
         service.create_lora_training_client(
             str(trainer.base_model), quantize=None, dtype="float32", adapter=folder, rank=16
         )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tokenizer: tokenizer.add_tokens(["sprocket"]),
+            r"tokenizer: saved '\d+ tokens, \w{12}', here '\d+ tokens",
+        ),
+        (
+            lambda tokenizer: setattr(tokenizer, "chat_template", "{{ messages }}"),
+            "chat_template: saved '\\w{12}', here",
+        ),
+    ],
+)
+def test_a_state_of_another_tokenizer_is_refused(service, trainer, tiny_model, tmp_path, change, message):
+    path = trainer.save_state(tmp_path / "s")
+    from transformers import AutoTokenizer
+
+    (tmp_path / "twin").mkdir()
+    for file in tiny_model.iterdir():
+        (tmp_path / "twin" / file.name).write_bytes(file.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    change(tokenizer)
+    tokenizer.save_pretrained(tmp_path / "twin")
+    other = service.create_lora_training_client(str(tmp_path / "twin"), rank=4, alpha=8, quantize=None, dtype="float32")
+    assert inner(other).model.fingerprint == inner(trainer).model.fingerprint
+    with pytest.raises(CheckpointError, match=message):
+        other.load_state(path)
+
+
+def test_a_failed_save_at_any_system_call_leaves_the_trainer_as_it_was_and_the_next_one_succeeds(
+    trainer, tmp_path, monkeypatch
+):
+    import errno
+    import os
+
+    from local_tinker.checkpoint import Disk, list_checkpoints
+
+    trainer.save_state(tmp_path / "first")
+    trainer.forward_backward(ROWS)
+    state = inner(trainer)
+    kept = [state.adapter.master.clone(), state.optimiser.m.clone(), state.optimiser.v.clone()]
+    gradient = state.window.gradient().clone()
+    calls, fail_at = [0], [0]
+    for name in ("mkdir", "create", "write", "fsync", "close", "fsync_dir", "rename"):
+        real = getattr(Disk, name)
+
+        def failing(self, *args, real=real):
+            calls[0] += 1
+            if calls[0] == fail_at[0]:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(self, *args)
+
+        monkeypatch.setattr(Disk, name, failing)
+    for at in range(1, 100):
+        calls[0], fail_at[0] = 0, at
+        try:
+            trainer.save_state(tmp_path / "second", discard_gradients=True)
+            break
+        except CheckpointError as error:
+            assert "second" in str(error) and "EIO" in str(error)
+        assert [each.name for each in list_checkpoints(tmp_path, verify="hash")] == ["first"]
+        for before, now in zip(kept, (state.adapter.master, state.optimiser.m, state.optimiser.v), strict=True):
+            assert torch.equal(before, now)
+        assert torch.equal(state.window.gradient(), gradient)
+    fail_at[0] = 0
+    assert at > 15 and {each.name for each in list_checkpoints(tmp_path, verify="hash")} == {"first", "second"}

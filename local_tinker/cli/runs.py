@@ -65,7 +65,7 @@ def show(
         output.as_json(_finite({**found.record, **details}))
         return
     record = found.record
-    git = record.get("git")
+    git, best = record.get("git"), record.get("best")
     commit = f"{git['commit'][:12]}{' with changes' if git['dirty'] else ''}" if git else "no repository"
     facts = {
         "status": record["status"] + (f" ({record['cause']})" if record["cause"] else ""),
@@ -74,7 +74,13 @@ def show(
         "time": _time(record["seconds"])
         + (f" in {len(record['sessions'])} sessions" if record["sessions"][1:] else ""),
         "git": commit,
+        "command": record["sessions"][-1].get("command", "unknown"),
         "checkpoints": ", ".join(checkpoint.name for checkpoint in saved) or "none",
+        **(
+            {"best": f"{best['metric']} {best['value']:.6g} after step {best['step']}: {best['folder']}"}
+            if best
+            else {}
+        ),
     }
     print(_block(found.id, facts))
     for title, values in (

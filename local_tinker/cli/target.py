@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, ModelError, UsageError
 from ..runs import Run, list_runs
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -44,7 +44,24 @@ def find_target(word: str, root: str | Path, *, say: Callable[[str], None] | Non
             raise UsageError(
                 f"{word!r} starts {len(exact)} runs: {', '.join(run.id for run in exact)}; type more of it"
             )
+        _check_model(word, root, [run.id for run in found])
     return word
+
+
+def _check_model(word: str, root: str | Path, runs: list[str]) -> None:
+    """A word that is no run and cannot be a model's name was most likely meant as a run."""
+    import difflib
+
+    from ..model import catalogue
+
+    try:
+        catalogue.check_name(word)
+    except ModelError as error:
+        near = difflib.get_close_matches(word, [*runs, *(run.split("-", 3)[-1] for run in runs)], 1, cutoff=0.5)
+        meant = next((run for run in runs if near and near[0] in run), None)
+        here = f"did you mean the run {meant}?" if meant else f"`local-tinker runs list --root {root}` shows the runs"
+        where = f"in {root}" if runs else f"({root} holds no runs)"
+        raise UsageError(f"no run {word!r} {where}, and {error}. {here}") from None
 
 
 def _weights_of(run: Run) -> str:

@@ -20,7 +20,7 @@ from .base import AdapterOptions, BaseInfo, LossCall, SavedAdapter, Scores, Snap
 from .device import own
 from .out_of_memory import until_it_fits
 from .planning import Budget, plan_budget
-from .state import export_state, import_state, require_no_gradients, saved_adapter
+from .state import export_state, import_state, require_no_gradients, saved_adapter, state_bytes
 from .step import Weights
 from .trainer import Trainer
 from .turns import Turns
@@ -148,12 +148,18 @@ class LocalEngine:
                 require_no_gradients(trainer)
             return export_state(trainer)
 
-    def import_state(self, trainer_id: str, state: TrainerState, *, ignore_gradients: bool = False) -> None:
+    def import_state(
+        self, trainer_id: str, state: TrainerState, *, ignore_gradients: bool = False, keep_cut: bool = False
+    ) -> None:
         with self._turn():
             trainer = self._trainer(trainer_id)
             if not ignore_gradients:
                 require_no_gradients(trainer)
-            import_state(trainer, state)
+            import_state(trainer, state, keep_cut=keep_cut)
+
+    def state_bytes(self, trainer_id: str) -> int:
+        with self._turn():
+            return state_bytes(self._trainer(trainer_id))
 
     def export_adapter(self, trainer_id: str) -> SavedAdapter:
         with self._turn():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from dataclasses import replace
 from typing import Any
@@ -38,11 +39,33 @@ def saved_adapter(trainer: Trainer) -> SavedAdapter:
     return SavedAdapter(spec.rank, spec.alpha, spec.paths, _named_bytes(adapter, adapter.master))
 
 
+def state_bytes(trainer: Trainer) -> int:
+    """Bytes of the tensors that `export_state` writes: adapter and two moments, the same of a value head, a reference."""
+    value = trainer.model.head.weight.shape[1] + 1  # counted before PPO makes it, so that a plan need not know the loss
+    sizes = 3 * (trainer.spec.numel + value) * trainer.adapter.master.itemsize
+    return sizes + (0 if trainer.reference is None else trainer.reference.nbytes)
+
+
+_PROBE = "The  quick\n\tbrown fox, 0123456789: \u00e9\u4e2d\U0001f642 don't?"
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Names what text becomes which ids: size, and a hash of vocabulary, special tokens and the ids of a probe text."""
+    sha = hashlib.sha256()
+    vocabulary = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    for part in (vocabulary, sorted(tokenizer.special_tokens_map.items()), tokenizer(_PROBE)["input_ids"]):
+        sha.update(repr(part).encode())
+    return f"{len(vocabulary)} tokens, {sha.hexdigest()[:12]}"
+
+
 def geometry(trainer: Trainer) -> dict[str, Any]:
     """What a state must have in common with the trainer that loads it."""
     spec, model = trainer.spec, trainer.model
+    template = repr(model.tokenizer.chat_template).encode()
     return {
         "base_fingerprint": model.fingerprint,
+        "tokenizer": tokenizer_digest(model.tokenizer),
+        "chat_template": hashlib.sha256(template).hexdigest()[:12],
         "quantize": model.quantize,
         "dtype": str(model.dtype).removeprefix("torch."),
         "rank": spec.rank,
@@ -86,6 +109,7 @@ def export_state(trainer: Trainer) -> TrainerState:
         "calls": trainer.calls,
         "uid": trainer.lineage,
         "micro_batch_tokens": trainer.budget.micro_batch_tokens,
+        "head_rows": trainer.budget.choice.head_rows,
         "seed": trainer.spec.seed,
         "value_head": trainer.value is not None,
         "reference": trainer.reference is not None,
@@ -94,8 +118,12 @@ def export_state(trainer: Trainer) -> TrainerState:
 
 
 @torch.no_grad()
-def import_state(trainer: Trainer, state: TrainerState) -> None:
+def import_state(trainer: Trainer, state: TrainerState, *, keep_cut: bool = False) -> None:
     """Continue from a saved state. Everything is checked before anything changes.
+
+    Args:
+        keep_cut: leave the cut into micro-batches and head chunks as this trainer's plan has it. Without it the saved one is
+            taken over: a plan follows the memory that happens to be free, and another cut rounds differently.
 
     Raises:
         CheckpointError: another base, geometry or a missing part, with what differs.
@@ -131,6 +159,8 @@ def import_state(trainer: Trainer, state: TrainerState) -> None:
         trainer.spec = adapter.spec = replace(trainer.spec, seed=state.meta["seed"])
         trainer.calls, trainer.uid, trainer.loaded_step = state.meta["calls"], state.meta["uid"], state.meta["step"]
         trainer.branch = uuid.uuid4().hex[:12]
+        if not keep_cut:
+            trainer.budget = trainer.budget.recut(state.meta["micro_batch_tokens"], state.meta["head_rows"])
 
 
 def _restore(optimiser: FlatAdamW, m: Tensor, v: Tensor, count: Tensor) -> None:

@@ -131,6 +131,13 @@ def resolve(name: str, *, say: Callable[[str], None] | None = None) -> ModelSour
     return ModelSource(path=path, hub_id=hub_id, alias=alias, revision=path.name)
 
 
+def check_name(name: str) -> None:
+    """Raise ModelError for what can be no model: a path without one, a word that is no alias. Contacts nobody."""
+    if local_folder(name) is None and find(name) is None and not _HUB_ID.fullmatch(name):
+        if not (_plausible(name) and fetch.cached_snapshot(name)):
+            raise ModelError(_unknown(name))
+
+
 def on_disk(entry: Entry) -> bool:
     """Whether training could start without a download; looks at file names only."""
     packaged = from_wheel.PACKAGED.get(entry.hub_id)

@@ -12,13 +12,14 @@ from typing import Any
 
 from ..errors import LocalTinkerError, UsageError
 from . import RECIPES, find_recipe, sources
-from .config import Common, help_lines, nearest, options, resolved
+from .config import Common, help_lines, nearest, options
 from .shipped import beside, shipped
 
 _ACTIONS = {
     "-c": "config",
     "--config": "config",
     "--resume": "resume",
+    "--fresh": "fresh",
     "--dry-run": "dry_run",
     "--loss": "loss",
     "-h": "help",
@@ -33,13 +34,16 @@ class Job:
     """What to do: a recipe, its config, and how to begin.
 
     Attributes:
-        resume: None to start anew, "" for the newest unfinished run of this config, else a run's id or folder.
+        resume: None to continue the last run of this config if that is unfinished, and otherwise start anew; "" for the newest
+            unfinished run of this config; else a run's id or folder.
+        fresh: start anew in any case.
     """
 
     recipe: ModuleType
     loss: str
     config: Common
     resume: str | None = None
+    fresh: bool = False
     dry_run: bool = False
 
 
@@ -55,7 +59,7 @@ def split(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             # a value is never mistaken for an action
             if word.startswith("--") and not equals and rest and not rest[0].startswith("-"):
                 flags.append(rest.pop(0))
-        elif name in ("dry_run", "help"):
+        elif name in ("dry_run", "fresh", "help"):
             actions[name] = True
         elif equals:
             actions[name] = value
@@ -83,8 +87,18 @@ def parse(words: Sequence[str], *, loss: str | None = None, environ: dict[str, s
 
     environ = dict(os.environ) if environ is None else environ
     actions, flags = split(words)
+    if "resume" in actions and actions.get("fresh"):
+        raise UsageError("--resume goes on with a run and --fresh starts a new one; give one of them")
     if actions.get("resume"):
-        return _resumed(actions, flags)
+        return _resumed(actions, flags, loss)
+    if "resume" in actions and not {"config", "loss"} & set(actions):
+        # not a word about what to train: the newest unfinished run, wherever the runs are
+        named = sources.read_flags(flags, Common)
+        if all(sources.canonical(name, options(Common), where) == "output_dir" for name, _, where in named):
+            from .resuming import newest_unfinished
+
+            found = newest_unfinished(named[-1][1] if named else "runs")
+            return _resumed({**actions, "resume": str(found.path)}, [], loss)
     path = _config_file(actions["config"]) if "config" in actions else None
     values = sources.read_file(path) if path else {}
     in_file = values.pop("loss", None)
@@ -106,12 +120,11 @@ def parse(words: Sequence[str], *, loss: str | None = None, environ: dict[str, s
     every = [find_recipe(name).Config for name in RECIPES]
     given |= sources.collect(sources.read_environment(recipe.Config, every, environ), known)
     given |= sources.collect(sources.read_flags(flags, recipe.Config), known)
-    return Job(
-        recipe, str(chosen), sources.build(recipe.Config, given), actions.get("resume"), actions.get("dry_run", False)
-    )
+    config, to_do = sources.build(recipe.Config, given), {"fresh", "dry_run", "resume"} & set(actions)
+    return Job(recipe, str(chosen), config, **{name: actions[name] for name in to_do})
 
 
-def _resumed(actions: dict[str, Any], flags: list[str]) -> Job:
+def _resumed(actions: dict[str, Any], flags: list[str], program: str | None) -> Job:
     """A run by its id: its own config, nothing else."""
     if flags or "config" in actions or "loss" in actions:
         asked = flags[0] if flags else "--config" if "config" in actions else "--loss"
@@ -119,18 +132,20 @@ def _resumed(actions: dict[str, Any], flags: list[str]) -> Job:
             f"--resume {actions['resume']} goes on with that run's own config; leave {asked} away, or give --resume without a "
             "name to find the unfinished run of this config"
         )
-    from ..runs import Run
-    from .loop import find_run
+    from .resuming import find_run
 
-    run: Run = find_run(actions["resume"])
+    run = find_run(actions["resume"])
     saved = dict(run.config)
     loss = saved.pop("loss", "sft")
+    if program not in (None, loss):
+        raise UsageError(f"run {run.id} is of loss {loss!r} and this is the recipe {program!r}; use `local-tinker run`")
     recipe = find_recipe(loss)
     where = f"{run.path / 'config.yaml'}"
     given = sources.collect(
         [(key, value, f"{where}: {key}") for key, value in saved.items() if value is not None], options(recipe.Config)
     )
-    return Job(recipe, loss, sources.build(recipe.Config, given), str(run.path), actions.get("dry_run", False))
+    config = sources.build(recipe.Config, given)
+    return Job(recipe, loss, config, resume=str(run.path), dry_run=actions.get("dry_run", False))
 
 
 def _config_file(name: str) -> Path:
@@ -147,13 +162,17 @@ def _config_file(name: str) -> Path:
 
 def execute(job: Job) -> None:
     """Run the job; raises what the recipe raises."""
-    from . import loop, report
+    from . import resuming
 
-    report.print_config(resolved(job.config, job.loss))
-    resume = None
-    if job.resume is not None and not job.dry_run:
-        resume = loop.find_run(job.resume) if job.resume else loop.unfinished(job.config, job.loss)
-    job.recipe.main(job.config, dry_run=job.dry_run, resume=resume)
+    run = None
+    if not job.dry_run and not job.fresh:
+        if job.resume:
+            run = resuming.find_run(job.resume)
+        elif job.resume == "":
+            run = resuming.unfinished(job.config, job.loss)
+        else:
+            run = resuming.continued(job.config, job.loss)
+    job.recipe.main(job.config, dry_run=job.dry_run, resume=run)
 
 
 def usage(program: str, loss: str | None = None) -> str:
@@ -169,8 +188,10 @@ def usage(program: str, loss: str | None = None) -> str:
         "What to do:",
         f"  -c, --config FILE           A file, or a shipped recipe: {', '.join(RECIPES)}.",
         *([] if loss else ["  --loss " + "|".join(RECIPES), f"{'':<30}The objective; with --help: its options. [sft]"]),
-        "  --resume [RUN]              Go on with an unfinished run; without a name:",
-        f"{'':<30}of this config.",
+        "  --resume [RUN]              Go on with an unfinished run, with its own config;",
+        f"{'':<30}without a name: the newest one.",
+        "  --fresh                     Start anew, though the last run of this config",
+        f"{'':<30}is unfinished and would be continued.",
         "  --dry-run                   Stop before training.",
         "",
     ]

@@ -57,6 +57,7 @@ class Common:
         None, "Compute type; default: bfloat16 where the hardware has it.", aliases=("torch_dtype",)
     )
     seed: int = option(42, "Seed of the adapter, the data order and the sampling.", least=0)
+    deterministic: bool = option(False, "On a GPU: kernels whose results repeat bit for bit, at some cost in speed.")
 
     batch_size: int = option(
         16,
@@ -65,7 +66,9 @@ class Common:
         least=1,
     )
     epochs: int = option(1, "Passes over the data.", aliases=("num_train_epochs", "num_epochs"), least=1)
-    max_steps: int | None = option(None, "Stop after so many steps.", least=1)
+    max_steps: int | None = option(
+        None, "Steps in all, fewer or more than the epochs have: the data come round again.", least=1
+    )
     learning_rate: float = option(1e-4, "Peak learning rate.", aliases=("lr",), above=0)
     schedule: Schedule = option(
         "constant", "Course of the learning rate.", aliases=("lr_schedule", "lr_scheduler_type", "lr_scheduler")
@@ -109,10 +112,13 @@ class Common:
     )
     samples: int = option(3, "Prompts of the data answered at the end.", least=0)
 
-    save_every: int | None = option(
-        None, "Steps between checkpoints; default: none before the end.", aliases=("save_steps",), least=1
+    save_every: int | None = option(None, "Steps between checkpoints.", aliases=("save_steps",), least=1)
+    save_minutes: float | None = option(
+        10.0, "Minutes between checkpoints, whatever the steps; none for never.", above=0
     )
-    keep_last: int = option(2, "Checkpoints kept.", aliases=("save_total_limit",), least=1)
+    keep_last: int = option(
+        2, "Checkpoints kept, besides the one that evaluated best.", aliases=("save_total_limit",), least=1
+    )
     output_dir: str = option("runs", "Folder of the runs.", aliases=("output",))
     report_to: str = option("none", "none, tensorboard, wandb or trackio; several with commas.")
 

@@ -37,14 +37,9 @@ class Config(Common):
 
 def main(config: Config, *, dry_run: bool = False, resume: Run | None = None) -> Path | None:
     """Train and report; returns the run's folder, or None after a dry run."""
-    from .. import ServiceClient  # here, so that --help does not wait for it
-    from .data import check_data, load_data
+    from .data import check_data
 
-    loop.tracker_names(config)
-    data = load_data(config, say=report.say)
-    service = ServiceClient()
-    loop.announce_plan(config, service.hardware)
-    trainer = service.create_lora_training_client(config.model, **config.client())
+    trainer, data = loop.prepare(config, "dpo")
     data, found = check_data(
         data, config, trainer.renderer, loss="dpo", longest=loop.model_length(config.model), say=report.say
     )
@@ -57,13 +52,12 @@ def main(config: Config, *, dry_run: bool = False, resume: Run | None = None) ->
 
 def train(config: Config, trainer: Any, data: Data, *, resume: Run | None = None) -> loop.Session:
     """The loop: -log sigmoid(beta ((log pi/ref)(chosen) - (log pi/ref)(rejected))), averaged over the pairs of a batch."""
-    from .. import batches
 
     def evaluate() -> dict[str, float]:
         loss = trainer.forward(data.held_out, loss_fn="dpo", **config.options())
         return {"eval_loss": float(loss), "eval_accuracy": loss.metrics["accuracy"]}
 
-    order = batches(data.rows, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)
+    order = loop.order_of(config, data)
     shown = ("loss", "accuracy")
     with loop.Session(
         config, trainer, order, data, loss="dpo", resume=resume, evaluate=evaluate, headline=shown

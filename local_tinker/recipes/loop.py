@@ -8,9 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LocalTinkerError, StateError, UsageError
+from ..errors import CheckpointError, LocalTinkerError, UsageError
 from . import report
 from .config import Common, nearest, resolved
+from .saving import Saver, check_disk
 from .signals import Signals
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ class Session:
     Entering makes (or takes over) the run's folder. Leaving saves: the adapter at the end, and state and adapter when
     the loop is interrupted or fails, so that `run --resume` continues exactly.
 
+    Args:
+        updates: optimiser steps one body takes; None when that varies. A body cut short between two of its steps is not saved:
+            the run goes on from the checkpoint before it.
+
     Attributes:
         step: steps finished. total: steps of the whole run.
     """
@@ -44,29 +49,33 @@ class Session:
         resume: Run | None = None,
         evaluate: Callable[[], Mapping[str, float]] | None = None,
         headline: tuple[str, ...] = ("loss",),
+        updates: int | None = 1,
     ) -> None:
         self.config, self.trainer, self.order, self.data, self.loss = config, trainer, order, data, loss
-        self.step, self.total = 0, min(len(order), config.max_steps or len(order))
-        self._resume, self._evaluate, self.headline = resume, evaluate, headline
-        self._signals = Signals(report.say)
+        self.step, self.total = 0, config.max_steps or len(order)
+        self._resume, self._evaluate, self.headline, self._updates = resume, evaluate, headline, updates
+        self._signals = Signals()
         self._cursor = order.state()
-        self._skipped, self._logged, self._saved_at = 0, False, -1
+        self._skipped, self._logged, self._evaluated = 0, False, -1
         self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[list[Any]]:
-        if self.step == 0:
-            self._run_evaluation()
+        if self.step % (self.config.eval_every or self.total) == 0:
+            best = self._run_evaluation()
+            if best is not None and self.step < self.total:
+                self._save_or_say(best)
         for batch in self.order if self.step < self.total else ():
             self._batch, self._logged = batch, False
             yield batch
             self._finish_step()
             if self.step >= self.total:
                 break
-        if self.config.eval_every is None or self.step % self.config.eval_every:
-            self._run_evaluation()
+        best = self._run_evaluation()
+        if best is not None:
+            self._saver.mark({**best, "folder": "adapter"})
 
     @property
     def adam(self) -> AdamParams:
@@ -112,21 +121,25 @@ class Session:
                 f"{MOST_SKIPPED} steps in a row had a gradient that is not finite; the last batch was {_name(self._batch)}. "
                 "Lower learning_rate, or look at those rows"
             )
-        if self.config.eval_every and self.step % self.config.eval_every == 0:
-            self._run_evaluation()
-        if self.config.save_every and self.step % self.config.save_every == 0 and self.step < self.total:
-            self._save_state()
+        best = None
+        if self.config.eval_every and self.step % self.config.eval_every == 0 and self.step < self.total:
+            best = self._run_evaluation()
+        if self.step < self.total and (best is not None or self._saver.due(self.step)):
+            self._save_or_say(best)
         if self._signals.asked:
             raise KeyboardInterrupt
 
-    def _run_evaluation(self) -> None:
-        if self._evaluate is None or not len(self.data.held_out):
-            return
+    def _run_evaluation(self) -> dict[str, Any] | None:
+        """Evaluate, once a step; returns what the best evaluation is now if this one is it."""
+        if self._evaluate is None or not len(self.data.held_out) or self._evaluated == self.step:
+            return None
         numbers = dict(self._evaluate())
         self._trackers.log(self.step, numbers)
         self._progress.note(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
         self.last = {**self.last, **numbers}
         self.first = {**numbers, **self.first}
+        self._evaluated = self.step
+        return self._saver.judge(self.step, numbers) if self.step else None
 
     # -- begin and end -----------------------------------------------------------------------------------------------
 
@@ -136,6 +149,7 @@ class Session:
 
         config = self.config
         values = resolved(config, self.loss)
+        check_disk(config, self.trainer, evaluated=bool(len(self.data.held_out)), run=self._resume)
         if self._resume is None:
             self.run = Run.create(
                 config.output_dir,
@@ -146,6 +160,7 @@ class Session:
             )
         else:
             self.run = self._resume.resume()
+        self._saver = Saver(config, self.trainer, self.run)
         try:
             if self._resume is not None:
                 self._load()
@@ -163,7 +178,8 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         with self._signals.saving():
             try:
-                self._progress.close()
+                with suppress(OSError):
+                    self._progress.close()
                 if kind is None:
                     self._end("finished", None)
                 elif issubclass(kind, KeyboardInterrupt):
@@ -177,11 +193,15 @@ class Session:
                 self._signals.restore()
 
     def _stop(self, status: str, cause: str) -> None:
-        # an interrupt can fall between an optimiser step and its bookkeeping: then that batch has been used
-        if self.trainer.step != self._applied:
-            self.step, self._cursor, self._applied = self.step + 1, self.order.state(), self.trainer.step
+        done = self.trainer.step - self._applied
         try:
-            self._save_state(discard_gradients=True)
+            if done and not self._logged and done != self._updates:
+                report.say(f"stopped in the middle of step {self.step + 1}: its updates are not part of any checkpoint")
+                return
+            # an interrupt can fall between an optimiser step and its bookkeeping: then that batch has been used
+            if done:
+                self.step, self._cursor, self._applied = self.step + 1, self.order.state(), self.trainer.step
+            self._saver.save(self.step, self._extra(), discard_gradients=True)
             report.say(f"saved after step {self.step}; to go on: local-tinker run --resume {self.run.path}")
         finally:
             self._end(status, cause)
@@ -189,29 +209,31 @@ class Session:
     def _end(self, status: str, cause: str | None) -> None:
         try:
             self.trainer.save_adapter(self.run.adapter, overwrite=True)
-        finally:
-            self.run.finish(status, cause)
+        except BaseException as error:
+            # the checkpoints are there: resuming writes the adapter again
+            self.run.finish("failed", f"{cause or 'the adapter was not saved'}: {type(error).__name__}: {error}")
+            raise
+        self.run.finish(status, cause)
 
-    def _save_state(self, *, discard_gradients: bool = False) -> None:
-        from ..checkpoint import rotate
+    def _extra(self) -> dict[str, Any]:
+        return {"batches": self._cursor, "skipped": self._skipped, "evaluated": self._evaluated}
 
-        if self._saved_at == self.step:
-            return
-        extra = {"step": self.step, "batches": self._cursor, "skipped": self._skipped}
-        path = self.run.checkpoints / f"step-{self.step:06d}"
-        self.trainer.save_state(path, overwrite=True, discard_gradients=discard_gradients, extra=extra)
-        # a state names no owner, and this folder holds this run's only
-        rotate(self.run.checkpoints, self.config.keep_last, owner=None)
-        self._saved_at = self.step
+    def _save_or_say(self, best: dict[str, Any] | None) -> None:
+        """A checkpoint on the way. One that fails costs no training: the disk may have room by the next."""
+        try:
+            self._saver.save(self.step, self._extra(), best=best)
+        except CheckpointError as error:
+            self._progress.note(
+                f"step {self.step}: NO CHECKPOINT: {error}. Training goes on; the next one is tried in time"
+            )
 
     def _load(self) -> None:
-        checkpoint = self.run.latest_checkpoint(say=report.say)
-        if checkpoint is None:
-            raise StateError(f"run {self.run.id} has no whole checkpoint to go on from; start it anew")
-        extra = self.trainer.load_state(checkpoint.path)
+        extra = self._saver.load()
         self.order.load(extra["batches"])
         self.step, self._cursor, self._skipped = extra["step"], extra["batches"], extra["skipped"]
-        self._saved_at = self.step
+        self._evaluated = extra["evaluated"]
+        for row in self.run.metrics():
+            self.first = {**row, **self.first} if row["step"] <= self.step else self.first
         report.say(f"resuming {self.run.id} after step {self.step}")
 
 
@@ -236,42 +258,43 @@ def tracker_names(config: Common) -> list[str]:
     return names
 
 
-def find_run(word: str, root: str | Path = "runs") -> Run:
-    """A run by its folder, its id or the unambiguous start of its id; `last` is the newest."""
-    from ..runs import Run, list_runs
-
-    if (Path(word) / "run.json").is_file():
-        return Run.open(word)
-    found = list_runs(root)
-    matches = (
-        found[-1:]
-        if word == "last"
-        else [run for run in found if run.id == word] or [r for r in found if r.id.startswith(word)]
-    )
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        raise UsageError(
-            f"{word!r} starts {len(matches)} runs: {', '.join(run.id for run in matches)}; type more of it"
-        )
-    raise UsageError(
-        f"no run {word!r} in {root}{nearest(word, [run.id for run in found])}; `local-tinker runs list` shows them"
-    )
-
-
-def unfinished(config: Common, loss: str) -> Run:
-    """The newest unfinished run of exactly this config."""
-    from ..runs import last_unfinished
-
-    found = last_unfinished(config.output_dir, resolved(config, loss))
-    if found is None:
-        raise UsageError(
-            f"no unfinished run of this config in {config.output_dir}; leave --resume away, or name the run"
-        )
-    return found
-
-
 # -- shared steps of the recipes ---------------------------------------------------------------------------------------
+
+
+def prepare(config: Common, loss: str) -> tuple[Any, Data]:
+    """What every recipe begins with: everything that can be checked quickly, then config, memory plan and model.
+
+    Returns:
+        the trainer and the rows as read.
+    """
+    from .. import ServiceClient  # here, so that --help does not wait for it
+    from ..model import catalogue
+    from .data import load_data
+    from .scoring import find_reward
+
+    tracker_names(config)
+    if hasattr(config, "reward"):
+        find_reward(config.reward)
+    catalogue.check_name(config.model)
+    data = load_data(config, say=report.say)
+    report.print_config(resolved(config, loss))
+    service = ServiceClient(deterministic=config.deterministic)
+    announce_plan(config, service.hardware)
+    return service.create_lora_training_client(config.model, **config.client()), data
+
+
+def order_of(config: Common, data: Data) -> Batches:
+    """The batches of the whole run: `max_steps` of them, or `epochs` passes."""
+    from .. import batches
+
+    order = batches(data.rows, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)
+    if config.max_steps and config.max_steps > len(order):
+        epochs = -(-config.max_steps // order.per_epoch)
+        report.say(
+            f"max_steps={config.max_steps:,} is more than the {len(order):,} steps of epochs={config.epochs}: {epochs} passes"
+        )
+        order = batches(data.rows, batch_size=config.batch_size, epochs=epochs, seed=config.seed)
+    return order
 
 
 def announce_plan(config: Common, hardware: Any) -> None:
@@ -320,6 +343,9 @@ def finish(session: Session, *, max_tokens: int = _ANSWER_TOKENS) -> Path:
     changes = [f"{name} {session.first[name]:.4f} -> {session.last[name]:.4f}" for name in told]
     report.print_lines(["", f"finished after {session.step:,} steps: {', '.join(changes)}"])
     print(f"adapter: {run.adapter}")
+    best = run.record.get("best")
+    if best is not None and best["folder"] != "adapter":
+        print(f"best {best['metric']} {best['value']:.4f} was after step {best['step']}: {run.path / best['folder']}")
     asked = answers(session.trainer, session.data, session.loss, count=config.samples, max_tokens=max_tokens)
     report.print_answers(asked)
     print(f"\nnext: local-tinker chat {run.path}", flush=True)

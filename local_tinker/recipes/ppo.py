@@ -54,16 +54,9 @@ class Config(Common):
 
 def main(config: Config, *, dry_run: bool = False, resume: Run | None = None) -> Path | None:
     """Train and report; returns the run's folder, or None after a dry run."""
-    from .. import ServiceClient  # here, so that --help does not wait for it
-    from .data import check_prompts, load_data
-    from .scoring import find_reward
+    from .data import check_prompts
 
-    loop.tracker_names(config)
-    find_reward(config.reward)
-    data = load_data(config, say=report.say)
-    service = ServiceClient()
-    loop.announce_plan(config, service.hardware)
-    trainer = service.create_lora_training_client(config.model, **config.client())
+    trainer, data = loop.prepare(config, "ppo")
     most = (config.max_length or loop.model_length(config.model)) - config.max_tokens
     data, lines = check_prompts(data, trainer.renderer, most=most, say=report.say)
     print("\n".join(lines), flush=True)
@@ -75,7 +68,6 @@ def main(config: Config, *, dry_run: bool = False, resume: Run | None = None) ->
 
 def train(config: Config, trainer: Any, data: Data, *, resume: Run | None = None) -> loop.Session:
     """The loop: sample and score a rollout, fix its values and advantages, then several clipped steps over it."""
-    from .. import batches
     from ..rewards import score_batch
     from .data import columns_of, prompt_of
     from .scoring import find_reward, mean_reward
@@ -85,10 +77,10 @@ def train(config: Config, trainer: Any, data: Data, *, resume: Run | None = None
     def evaluate() -> dict[str, float]:
         return {"eval_reward": mean_reward(trainer, reward, data.held_out, max_tokens=config.max_tokens)}
 
-    order = batches(data.rows, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)
+    order = loop.order_of(config, data)
     shown = ("reward_mean",)
     with loop.Session(
-        config, trainer, order, data, loss="ppo", resume=resume, evaluate=evaluate, headline=shown
+        config, trainer, order, data, loss="ppo", resume=resume, evaluate=evaluate, headline=shown, updates=None
     ) as session:
         for rows in session:
             prompts = [prompt_of(row) for row in rows]

@@ -8,6 +8,7 @@ import textwrap
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..engine.footprint import GIB, TrainSettings
@@ -25,8 +26,9 @@ def width() -> int:
 
 
 def say(line: str) -> None:
-    """Progress and advice."""
-    print(line, file=sys.stderr, flush=True)
+    """Progress and advice. A terminal that is gone must not stop what it would have shown."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def print_config(values: Mapping[str, Any]) -> None:
@@ -159,7 +161,8 @@ class ProgressReport:
         if self._live is not None:
             self._live.update(self._task, completed=step, line=line)
         elif step == self.total or step % self._every == 0 or step == self.done + 1:
-            print(line, file=self._stream, flush=True)
+            with suppress(OSError):
+                print(line, file=self._stream, flush=True)
         return speed
 
     def line(self, step: int, numbers: Mapping[str, float], speed: float, left: float) -> str:
@@ -177,7 +180,8 @@ class ProgressReport:
         if self._live is not None:
             self._live.console.print(line, markup=False)
         else:
-            print(line, file=self._stream, flush=True)
+            with suppress(OSError):
+                print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._live is not None:

@@ -24,17 +24,15 @@ class Config(Common):
 
     dropout: float = option(0.0, "Dropout on the adapter's input.", aliases=("lora_dropout",), least=0, below=1)
 
+    def client(self) -> dict[str, Any]:
+        return {**super().client(), "dropout": self.dropout}
+
 
 def main(config: Config, *, dry_run: bool = False, resume: Run | None = None) -> Path | None:
     """Train and report; returns the run's folder, or None after a dry run."""
-    from .. import ServiceClient  # here, so that --help does not wait for it
-    from .data import check_data, load_data
+    from .data import check_data
 
-    loop.tracker_names(config)
-    data = load_data(config, say=report.say)
-    service = ServiceClient()
-    loop.announce_plan(config, service.hardware)
-    trainer = service.create_lora_training_client(config.model, dropout=config.dropout, **config.client())
+    trainer, data = loop.prepare(config, "sft")
     data, found = check_data(
         data, config, trainer.renderer, loss="sft", longest=loop.model_length(config.model), say=report.say
     )
@@ -47,12 +45,11 @@ def main(config: Config, *, dry_run: bool = False, resume: Run | None = None) ->
 
 def train(config: Config, trainer: Any, data: Data, *, resume: Run | None = None) -> loop.Session:
     """The loop: one forward_backward and one optim_step a batch."""
-    from .. import batches
 
     def evaluate() -> dict[str, float]:
         return {"eval_loss": float(trainer.forward(data.held_out))}  # per trained token, over all held-out rows
 
-    order = batches(data.rows, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)
+    order = loop.order_of(config, data)
     with loop.Session(config, trainer, order, data, loss="sft", resume=resume, evaluate=evaluate) as session:
         for batch in session:
             loss = trainer.forward_backward(batch)

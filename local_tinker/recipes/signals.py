@@ -1,30 +1,33 @@
-"""Ctrl-C and SIGTERM in a training loop: finish the step, save, leave; a second one stops at once and saves too."""
+"""Ctrl-C, SIGTERM and a closed terminal in a training loop: finish the step, save, leave; a second one stops at once and saves too."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
+
+from ..engine.interrupts import SIGNALS
 
 
 class Signals:
-    """Handlers for SIGINT and SIGTERM between `install` and `restore`; other threads than the main one get none.
+    """Handlers for SIGINT, SIGTERM and SIGHUP between `install` and `restore`; other threads than the main one get none.
 
     Attributes:
         asked: a stop was asked for. cause: by which signal.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         self.asked, self.cause = False, "Ctrl-C"
-        self._say, self._saving = say, False
+        self._saving = False
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            # nohup sets SIGHUP to be ignored, and means it
+            for number in (each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN):
                 self._before[number] = signal.signal(number, self._received)
 
     def restore(self) -> None:
@@ -53,4 +56,5 @@ class Signals:
 
 def _write(line: str) -> None:
     # print() from a signal handler can meet a print() that it interrupted
-    os.write(2, f"\n{line}\n".encode())
+    with suppress(OSError):  # the terminal may be gone
+        os.write(2, f"\n{line}\n".encode())

@@ -29,6 +29,7 @@ def history(tmp_path):
         tracker.close()
         write_folder(run.checkpoints / "step-2", {"f": b"1"}, meta={"step": 2})
         made.append(run)
+    made[0].note(best={"step": 1, "metric": "eval_loss", "value": 0.25, "folder": "checkpoints/step-1"})
     made[0].finish("finished")
     made[1].finish("failed", "loss is nan\nat step 2")
     return tmp_path / "runs", *made
@@ -75,6 +76,14 @@ def test_show_tells_how_it_ended_and_what_it_can_resume_from(history, capsys):
     out = capsys.readouterr().out
     for part in ("failed (loss is nan", "checkpoints  step-2", "rank  16", "sampler  7", "loss  nan", str(beta.path)):
         assert part in out
+    assert "best" not in out
+    runs(["show", made_first(root), "--root", str(root)])
+    out = capsys.readouterr().out
+    assert "best         eval_loss 0.25 after step 1: checkpoints/step-1" in out and "command      " in out
+
+
+def made_first(root):
+    return sorted(root.iterdir(), key=lambda path: "beta" in path.name)[0].name
 
 
 def test_a_run_is_found_by_the_start_of_its_id_or_its_folder(history, capsys):

@@ -85,7 +85,7 @@ def test_a_system_message_is_put_before_the_question(tiny_model, capsys, service
 @pytest.mark.parametrize(
     "words, code, says",
     [
-        (["nothing-like-it", "hi"], 3, "no model 'nothing-like-it'"),
+        (["nothing-like-it", "hi"], 2, "no model 'nothing-like-it'"),
         (["MODEL", " "], 2, "the prompt is empty"),
         (["MODEL", "hi", "--n", "0"], 2, "--n must be >= 1"),
         (["MODEL", "hi", "--raw", "--system", "x"], 2, "--system belongs to a chat"),
@@ -108,3 +108,15 @@ def test_a_run_that_saved_nothing_and_an_ambiguous_start_are_named(tmp_path):
     with pytest.raises(UsageError, match="starts 2 runs"):
         find_target(first.id[:12], tmp_path)
     assert find_target("smollm2-135m", tmp_path) == "smollm2-135m"
+
+
+def test_a_word_that_is_neither_run_nor_model_is_answered_with_the_run_meant(trained, capsys):
+    root, run = trained
+    for word, says in {
+        "mime": f"no run 'mime' in {root}, and no model 'mime'",
+        run.id.replace("mine", "mien"): f"did you mean the run {run.id}?",
+    }.items():
+        assert ask(word, "dog?", "--root", root) == 2
+        assert says in capsys.readouterr().err
+    assert ask("last", "dog?", "--root", root / "absent") == 2
+    assert "absent holds no runs)" in capsys.readouterr().err
