@@ -97,12 +97,6 @@ class Budget:
         """The same for another amount of memory, the model's weights included."""
         return replace(self, limit=limit, choice=_choose(self.dims, self.settings, limit))
 
-    def recut(self, tokens: int, head_rows: int) -> Budget:
-        """The best plan for this memory that cuts as a saved state did: the cut decides how sums are rounded."""
-        settings = replace(self.settings, tokens=tokens)
-        choice = replace(_choose(self.dims, settings, self.limit), tokens=tokens, head_rows=head_rows)
-        return replace(self, settings=settings, choice=choice)
-
     def describe(self) -> str:
         return describe(self.choice, quantized=self.settings.quantize != "none")
 

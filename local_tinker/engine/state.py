@@ -160,7 +160,9 @@ def import_state(trainer: Trainer, state: TrainerState, *, keep_cut: bool = Fals
         trainer.calls, trainer.uid, trainer.loaded_step = state.meta["calls"], state.meta["uid"], state.meta["step"]
         trainer.branch = uuid.uuid4().hex[:12]
         if not keep_cut:
-            trainer.budget = trainer.budget.recut(state.meta["micro_batch_tokens"], state.meta["head_rows"])
+            trainer.budget = trainer.budget.with_cut(
+                micro_batch_tokens=state.meta["micro_batch_tokens"], head_rows=state.meta["head_rows"]
+            )
 
 
 def _restore(optimiser: FlatAdamW, m: Tensor, v: Tensor, count: Tensor) -> None:

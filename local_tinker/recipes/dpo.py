@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..hardware import detect
 from . import loop, probe, report
 from .config import Common, option
 
@@ -46,7 +47,7 @@ def main(config: Config, *, dry_run: bool = False, resume: Run | None = None) ->
     report.print_preflight(found)
     if dry_run:
         return None
-    probe.try_rows(trainer, service.hardware, config, found, pairs=True)
+    probe.try_rows(trainer, detect(), config, found, pairs=True)
     return loop.finish(train(config, trainer, data, resume=resume))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..hardware import detect
 from . import loop, probe, report
 from .config import Common, option
 
@@ -55,7 +56,7 @@ def main(config: Config, *, dry_run: bool = False, resume: Run | None = None) ->
     if dry_run:
         return None
     probe.try_answers(
-        trainer, service.hardware, data, answers=config.batch_size * config.group_size, max_tokens=config.max_tokens
+        trainer, detect(), data, answers=config.batch_size * config.group_size, max_tokens=config.max_tokens
     )
     return loop.finish(train(config, trainer, data, resume=resume), max_tokens=config.max_tokens)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..hardware import detect
 from . import loop, probe, report
 from .config import Common, option
 
@@ -62,7 +63,7 @@ def main(config: Config, *, dry_run: bool = False, resume: Run | None = None) ->
     print("\n".join(lines), flush=True)
     if dry_run:
         return None
-    probe.try_answers(trainer, service.hardware, data, answers=config.batch_size, max_tokens=config.max_tokens)
+    probe.try_answers(trainer, detect(), data, answers=config.batch_size, max_tokens=config.max_tokens)
     return loop.finish(train(config, trainer, data, resume=resume), max_tokens=config.max_tokens)
 
 

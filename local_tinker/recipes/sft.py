@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..hardware import detect
 from . import loop, probe, report
 from .config import Common, option
 
@@ -39,7 +40,7 @@ def main(config: Config, *, dry_run: bool = False, resume: Run | None = None) ->
     report.print_preflight(found)
     if dry_run:
         return None
-    probe.try_rows(trainer, service.hardware, config, found)
+    probe.try_rows(trainer, detect(), config, found)
     return loop.finish(train(config, trainer, data, resume=resume))
 
 

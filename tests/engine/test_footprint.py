@@ -60,15 +60,16 @@ def test_saved_bytes_of_a_small_layer_worked_by_hand():
 
 
 def test_live_bytes_of_a_small_layer_worked_by_hand():
-    # forward: five tensors of 8 (the layer before's output, two normed inputs, two blocks' outputs), act(gate) up 16
-    assert live_bytes(TINY, PLAIN, "norms", 10) == 2 * 10 * (40 + 16)
+    # forward: both blocks' outputs, 8 each, and act(gate) up 16
+    assert live_bytes(TINY, PLAIN, "norms", 10) == 2 * 10 * (16 + 16)
     # gate and up, and qkv, are let go of only afterwards
-    assert live_bytes(TINY, PLAIN, "mlp", 10) == 2 * 10 * (40 + 16 + 32)
-    assert live_bytes(TINY, PLAIN, "attention_mlp", 10) == 2 * 10 * (40 + 16 + 32 + 16)
-    # qkv 16, out 8, five of 8; the MLP's gate, up and product 48 and three of 8
-    assert live_bytes(TINY, PLAIN, "layer", 10) == 2 * 10 * (16 + 8 + 40 + 48 + 24)
-    # the embedded tokens and the layer's input on its way to the host
-    assert live_bytes(TINY, PLAIN, "offload", 10) == 2 * 10 * (16 + 8 + 40 + 48 + 24 + 16)
+    assert live_bytes(TINY, PLAIN, "mlp", 10) == 2 * 10 * (16 + 16 + 32)
+    assert live_bytes(TINY, PLAIN, "attention_mlp", 10) == 2 * 10 * (16 + 16 + 32 + 16)
+    # backward: gradients of the residual and of the final states; qkv 16, out 8 and h2 again; gate and up 32, the gradient
+    # of act(gate) up 16, the normed input
+    assert live_bytes(TINY, PLAIN, "layer", 10) == 2 * 10 * (16 + 16 + 8 + 8 + 32 + 16 + 8)
+    # the embedded tokens, this layer's input and the next one on its way
+    assert live_bytes(TINY, PLAIN, "offload", 10) == live_bytes(TINY, PLAIN, "layer", 10) + 2 * 10 * 24
 
 
 def test_live_bytes_where_the_backward_is_deepest():
@@ -82,22 +83,25 @@ def test_live_bytes_where_the_backward_is_deepest():
 def test_tiles_bound_the_mlp_of_a_long_document():
     wide_mlp = replace(TINY, intermediate=1024)
     one_tile = live_bytes(wide_mlp, PLAIN, "layer", 8192)
-    assert one_tile == 2 * 8192 * (64 + 3 * 1024 + 24)
-    # in two tiles the residual (8) is put together from parts, gate and up of one tile meet the other's, and that is all
-    assert live_bytes(wide_mlp, PLAIN, "layer", 16384) == one_tile + 2 * 8192 * (64 + 2 * 1024) + 2 * 16384 * 8
+    assert one_tile == 2 * 8192 * (16 + 24 + 8 + 3 * 1024 + 8)
+    # a second tile adds what is whole: two gradients, qkv, out and h2
+    assert live_bytes(wide_mlp, PLAIN, "layer", 16384) == one_tile + 2 * 8192 * (16 + 24 + 8)
     assert live_bytes(wide_mlp, PLAIN, "mlp", 16384) == 2 * live_bytes(wide_mlp, PLAIN, "mlp", 8192)
 
 
-@pytest.mark.parametrize(("shallow", "vocab", "deepest"), [(1, 1000, "first"), (4, 1000, "last"), (4, 128256, "head")])
-def test_the_peak_is_the_deepest_moment_and_mixed_levels_are_seen_at_both_ends(shallow, vocab, deepest):
+@pytest.mark.parametrize(
+    ("deep_level", "shallow", "vocab", "deepest"),
+    [("offload", 1, 1000, "first"), ("layer", 4, 1000, "last"), ("layer", 4, 128256, "head")],
+)
+def test_the_peak_is_the_deepest_moment_and_mixed_levels_are_seen_at_both_ends(deep_level, shallow, vocab, deepest):
     dims = replace(LLAMA_3B, layers=1 + shallow, vocab=vocab)
     settings, n = TrainSettings(rank=0), 1000
-    mixed = Choice(tokens=n, levels=("layer",) + ("norms",) * shallow, head_rows=256)
+    mixed = Choice(tokens=n, levels=(deep_level,) + ("norms",) * shallow, head_rows=256)
     angles = n * (2 * 2 * 128 + 64)
-    deep, kept = saved_bytes(dims, settings, "layer"), saved_bytes(dims, settings, "norms")
+    deep, kept = saved_bytes(dims, settings, deep_level), saved_bytes(dims, settings, "norms")
     # the last recomputed layer beside its own input, the last layer beside what all keep, the head beside the same
     moments = {
-        "first": angles + n * deep + live_bytes(dims, settings, "layer", n),
+        "first": angles + n * deep + live_bytes(dims, settings, deep_level, n),
         "last": angles + n * (deep + shallow * kept) + live_bytes(dims, settings, "norms", n),
         "head": angles + n * (deep + shallow * kept) + 256 * vocab * 4 + 3 * n * 2 * 3072,
     }
