@@ -7,7 +7,7 @@ import math
 import numbers
 import operator
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,12 @@ from typing import Any
 from ..errors import UsageError
 from ..types import Completion
 from .stop import StopMatcher, StopRules, decode, parse_stop
+
+PAGE = 64  # tokens of the cache that are given out together; the kernels' tile of keys
+
+
+def pages_for(tokens: int) -> int:
+    return -(-tokens // PAGE)
 
 
 def derive_seed(seed: int, *indices: int) -> int:
@@ -171,21 +177,39 @@ class Finished:
 
 @dataclass(eq=False)
 class Group:
-    """All samples of one prompt in a run: its keys and values are computed and stored once.
+    """All samples of one prompt in a run. With several of them the prompt is computed and stored once, for all.
 
     Attributes:
-        pages: where the prompt is stored; empty before and after.
-        computed: prompt tokens already in the cache.
+        shared: the prompt has pages of its own; otherwise its one row keeps it among the row's pages.
+        pages: where a shared prompt is stored; empty before and after.
+        computed: its tokens already in the cache.
         last_hidden: (H,) hidden state of the last prompt token, from which every sample draws its first token.
-        waiting: samples not admitted yet. unfinished: samples admitted or waiting.
+        waiting: samples not admitted yet. running: samples admitted. unfinished: both.
     """
 
     prompt_tokens: tuple[int, ...]
+    shared: bool = False
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     last_hidden: Any = None
     waiting: deque[Sequence] = field(default_factory=deque)
+    running: int = 0
     unfinished: int = 0
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """What its own pages hold."""
+        return self.prompt_tokens
+
+    @property
+    def before(self) -> list[int]:
+        """Pages of what stands before the context."""
+        return []
+
+    @property
+    def offset(self) -> int:
+        """Position of the context's first token."""
+        return 0
 
 
 @dataclass(eq=False)
@@ -195,6 +219,10 @@ class Sequence:
     Args:
         max_new: tokens it may still come to: max_tokens, or what the context leaves.
         tokenizer: None when only tokens are wanted. stream: text is needed token by token.
+
+    Attributes:
+        pages: its own. slot: its row on the device while it decodes.
+        computed, last_hidden: of its own context, where it has one to compute before it decodes.
     """
 
     group: Group
@@ -208,6 +236,8 @@ class Sequence:
     stream: bool = False
     skip_special_tokens: bool = False
     pages: list[int] = field(default_factory=list)
+    slot: int | None = None
+    computed: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop_reason: str | None = None
@@ -218,6 +248,55 @@ class Sequence:
         skip = self.skip_special_tokens
         self._matcher = StopMatcher(self.rules, self.tokenizer, skip_special_tokens=skip) if follow else None
         self._texts: list[str] = []
+        self._last_hidden: Any = None
+        self.restart()
+
+    # -- its place in the cache --------------------------------------------------------------------------------------
+
+    def restart(self) -> None:
+        """Take stock for a new start: what its own pages will hold before it decodes, and how far they may fill."""
+        self.context = [*(() if self.group.shared else self.group.prompt_tokens), *self.tokens]
+        self.computed, self._last_hidden = 0, None
+        self._reach = len(self.context)
+
+    @property
+    def before(self) -> list[int]:
+        return self.group.pages
+
+    @property
+    def offset(self) -> int:
+        return len(self.group.prompt_tokens) if self.group.shared else 0
+
+    @property
+    def last_hidden(self) -> Any:
+        return self._last_hidden if self.context else self.group.last_hidden
+
+    @last_hidden.setter
+    def last_hidden(self, hidden: Any) -> None:
+        self._last_hidden = hidden
+
+    @property
+    def most(self) -> int:
+        """Tokens its own pages may come to hold; the last token is never fed back, so nothing of it is stored."""
+        return (0 if self.group.shared else len(self.group.prompt_tokens)) + self.max_new - 1
+
+    @property
+    def remaining(self) -> int:
+        """Decoding steps it may still need that were not started."""
+        return self.most - self._reach
+
+    @property
+    def exhausted(self) -> bool:
+        return self.remaining <= 0
+
+    def pages_after(self, steps: int) -> int:
+        return max(1, pages_for(min(self.most, self._reach + steps)))
+
+    def advance(self, steps: int) -> None:
+        """So many decoding steps were started."""
+        self._reach = min(self.most, self._reach + steps)
+
+    # -- its tokens --------------------------------------------------------------------------------------------------
 
     @property
     def finished(self) -> bool:
@@ -236,8 +315,27 @@ class Sequence:
         elif len(self.tokens) >= self.max_new:
             self.stop_reason = "length"
             text += self._matcher.finish() if self._matcher else ""
-        self._texts.append(text)
+        if text:
+            self._texts.append(text)
         return Delta(self.request, self.sample, (token,), (logprob,), text)
+
+    def extend(self, tokens: list[int], logprobs: list[float]) -> list[Delta]:
+        """Add the tokens of some steps, up to the one that ends it; the deltas where they are streamed."""
+        if self._matcher is None and not self.rules.stop_ids:
+            count = min(len(tokens), self.max_new - len(self.tokens))
+            self.tokens += tokens[:count]
+            self.logprobs += logprobs[:count]
+            if len(self.tokens) >= self.max_new:
+                self.stop_reason = "length"
+            return []
+        deltas = []
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            if self.finished:
+                break
+            delta = self.push(token, logprob)
+            if self.stream:
+                deltas.append(delta)
+        return deltas
 
     def result(self) -> Finished:
         assert self.stop_reason is not None, "result() of a sequence that still runs"
@@ -276,8 +374,17 @@ def build_groups(
     tokenizer: Any,
     stream: bool,
     skip_special_tokens: bool,
+    share: bool | None = None,
 ) -> list[Group]:
-    """Requests -> groups in order of first appearance; equal prompts share one group."""
+    """Requests -> groups in order of first appearance; equal prompts share one group.
+
+    Args:
+        share: whether prompts get pages of their own; None: those with several samples do.
+    """
+    requests = list(requests)
+    samples: Counter[tuple[int, ...]] = Counter()
+    for request in requests:
+        samples[request.prompt_tokens] += request.n
     groups: dict[tuple[int, ...], Group] = {}
     for index, request in enumerate(requests):
         prompt = request.prompt_tokens
@@ -290,7 +397,7 @@ def build_groups(
             )
         if tokenizer is None and (stream or request.stop_rules.stop_strings):
             raise UsageError("stop strings and streamed text need the tokenizer; pass tokenizer= to the run")
-        group = groups.setdefault(prompt, Group(prompt))
+        group = groups.setdefault(prompt, Group(prompt, shared=samples[prompt] > 1 if share is None else share))
         for sample in range(request.n):
             sequence = Sequence(
                 group=group,
