@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,9 +81,12 @@ def _block_mass(logits: Tensor) -> Tensor:
 
 def _draw_blocks(source: Tensor, mass: Tensor, noise: Noise, inverse: Tensor) -> Tensor:
     vocab = source.shape[1]
-    blocks = torch.arange(mass.shape[1], device=source.device)
-    block = (mass + gumbel(noise.seed, noise.number, blocks, level=_BLOCK_LEVEL).to(mass.dtype)).argmax(-1)
-    ids = block[:, None] * BLOCK + torch.arange(BLOCK, device=source.device)  # (B, BLOCK)
+    if mass.shape[1] == 1:
+        block = torch.zeros_like(noise.seed)
+    else:
+        blocks = torch.arange(mass.shape[1], device=source.device)
+        block = (mass + gumbel(noise.seed, noise.number, blocks, level=_BLOCK_LEVEL).to(mass.dtype)).argmax(-1)
+    ids = block[:, None] * BLOCK + torch.arange(min(BLOCK, vocab), device=source.device)  # (B, BLOCK or V)
     values = source.gather(1, ids.clamp_max(vocab - 1)) * inverse
     within = values + gumbel(noise.seed, noise.number, ids, level=_TOKEN).to(values.dtype)
     return ids.gather(1, within.masked_fill(ids >= vocab, -torch.inf).argmax(-1, keepdim=True))[:, 0]
@@ -90,11 +94,12 @@ def _draw_blocks(source: Tensor, mass: Tensor, noise: Noise, inverse: Tensor) ->
 
 def gumbel(seed: Tensor, number: Tensor, index: Tensor, *, level: int) -> Tensor:
     """Standard Gumbel noise (B, J) fp32 for seed (B,), number (B,) and index (J,) or (B, J)."""
-    number = number.long()[:, None]
-    zero = torch.zeros_like(number)
-    first, *_ = philox_4x32(
-        (index, number & _MASK, zero + level, zero), ((seed & _MASK)[:, None], ((seed >> 32) & _MASK)[:, None])
-    )
+    counter = [index.expand(seed.shape[0], index.shape[-1]), number.long()[:, None]]
+    key = [(seed & _MASK)[:, None], ((seed >> 32) & _MASK)[:, None]]
+    if seed.device.type == "cpu":  # the same integer arithmetic, with a fifth of the overhead an operation
+        counter, key = [t.numpy() for t in counter], [t.numpy() for t in key]
+    first, *_ = philox_4x32((*counter, level, 0), key)
+    first = torch.as_tensor(first)
     # float() of the integer first: the kernel rounds there too.
     u = (first.float() + 0.5) * 2.0**-32
     small = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * 0.25)))
@@ -102,11 +107,11 @@ def gumbel(seed: Tensor, number: Tensor, index: Tensor, *, level: int) -> Tensor
     return -torch.log(wait)
 
 
-def philox_4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox_4x32(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
     """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11).
 
     Args:
-        counter: four int64 tensors of 32-bit words. key: two of them. All broadcast.
+        counter: four 32-bit words, as int64 tensors (or arrays) that broadcast, or numbers. key: two of them.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
