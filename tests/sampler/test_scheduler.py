@@ -65,7 +65,14 @@ def test_a_lone_sample_keeps_its_prompt_among_its_own_pages():
 def test_prompts_are_cut_and_packed_to_the_chunk():
     plan, _ = scheduler([ask(50, 1), ask(30, 1, first=100), ask(5, 1, first=200)], chunk=64)
     cuts = [[(p.owner.context[0], p.start, p.stop) for p in plan.plan()] for _ in range(3)]
-    assert cuts == [[(0, 0, 50), (100, 0, 14)], [(100, 14, 30), (200, 0, 5)], []]
+    # 100 goes whole into the second forward; a piece that continues another is slower
+    assert cuts == [[(0, 0, 50)], [(100, 0, 30), (200, 0, 5)], []]
+
+
+def test_a_context_longer_than_the_chunk_is_cut():
+    plan, _ = scheduler([ask(50, 1), ask(130, 1, first=100)], chunk=64)
+    cuts = [[(p.owner.context[0], p.start, p.stop) for p in plan.plan()] for _ in range(4)]
+    assert cuts == [[(0, 0, 50), (100, 0, 14)], [(100, 14, 78)], [(100, 78, 130)], []]
 
 
 def test_contexts_are_computed_one_by_one_where_results_must_not_depend_on_others():
