@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..model.attention import VarlenCausal, attend_document
 from ..model.kernels.decode_attention import PagedRows, decode_attention
+from .group import PAGE
 from .scheduler import Piece
-from .sequence import PAGE
 
 
 class KVCache:

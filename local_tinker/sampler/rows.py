@@ -16,9 +16,9 @@ from torch import Tensor
 from ..model.kernels import power_of_two
 from ..model.kernels.decode_attention import PagedRows
 from ..model.kernels.draw import Output, RowState
+from .group import PAGE, Group, pages_for
+from .group import Sequence as Row
 from .pick import NO_TOP_K
-from .sequence import PAGE, Group, pages_for
-from .sequence import Sequence as Row
 
 STOPS = 8  # stop ids a device checks; the host sees the others a block of steps later
 FIXED_SPLIT = 256  # tokens of one program where results must not depend on the batch
@@ -37,7 +37,7 @@ def entering_state(rows: Sequence[Row], device: torch.device) -> RowState:
     real = np.zeros((len(rows), 3), np.float32)
     stops = np.full((len(rows), STOPS), -1, np.int32)
     for i, row in enumerate(rows):
-        drawn, length = len(row.tokens), len(row.group.prompt_tokens) + len(row.tokens)
+        drawn, length = len(row.tokens), len(row.prompt_tokens) + len(row.tokens)
         top_k = row.params.top_k or NO_TOP_K
         whole[i] = 0, length - 1, len(row.context), row.offset, drawn, row.max_new - drawn, 1, row.seed, top_k
         real[i] = row.params.temperature, row.params.top_p, row.params.min_p

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import UsageError
-from .sequence import PAGE, Group, Sequence, pages_for
+from .group import PAGE, Group, Sequence, pages_for
 
 
 class PagePool:
@@ -228,7 +228,7 @@ class Scheduler:
             for row in group.waiting:
                 if prompt + pages_for(row.most) > self._pool.pages:
                     raise UsageError(
-                        f"prompt {row.request} needs cache for {len(group.prompt_tokens)} prompt tokens and {row.max_new} "
+                        f"prompt {row.request} needs cache for {len(row.prompt_tokens)} prompt tokens and {row.max_new} "
                         f"new ones, the sampler's budget is {self._budget} tokens; "
                         "lower max_tokens or shorten the prompt"
                     )

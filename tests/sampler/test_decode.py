@@ -8,8 +8,9 @@ import torch
 
 from local_tinker.errors import ModelError, UsageError
 from local_tinker.sampler.decode import Progress
+from local_tinker.sampler.group import PAGE
 from local_tinker.sampler.scheduler import Scheduler
-from local_tinker.sampler.sequence import PAGE, Delta, Finished, Request, SamplingParams
+from local_tinker.sampler.sequence import Delta, Finished, Request, SamplingParams
 from local_tinker.sampler.stop import StopRules
 from tests.sampler.toy import VOCAB, ToyRoad, byte_tokenizer, engine, full_logits, full_logprobs
 
@@ -127,6 +128,22 @@ def test_equal_prompts_are_computed_once():
     engine(road).collect([request, Request(request.prompt_tokens, request.params, seed=2)], **PLAIN)
     assert road.tokens_seen == 50 + 5
     assert road.forwards == 2
+
+
+def test_a_common_beginning_of_lone_prompts_is_computed_once_and_changes_nothing():
+    road = ToyRoad(window=50)
+    beginning = prompt(100, 1)
+    asked = [
+        Request(beginning + prompt(length, 10 + length), SamplingParams(max_tokens=6), seed=length)
+        for length in (0, 1, 9, 30)
+    ] + requests(2)
+    together = flat(engine(road).collect(asked, **PLAIN))
+    first = 99 + (1 + 2 + 10 + 31)  # the shortest keeps its last token for itself
+    assert road.tokens_seen == first + sum(len(r.prompt_tokens) for r in asked[4:]) + sum(
+        len(f.tokens) - 1 for f in together
+    )
+    same(together, singly(road, asked))
+    assert [f.prompt_tokens for f in together] == [r.prompt_tokens for r in asked]
 
 
 def test_a_long_run_crosses_pages():

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from local_tinker.model.kernels.decode_attention import PagedRows, decode_attention
+from local_tinker.sampler.group import PAGE, Group, build_groups
 from local_tinker.sampler.kv_cache import DecodeAttend, KVCache, PromptAttend, places
 from local_tinker.sampler.scheduler import Piece
-from local_tinker.sampler.sequence import PAGE, Group, Request, SamplingParams, build_groups
+from local_tinker.sampler.sequence import Request, SamplingParams
 from tests.sampler.toy import plain_causal
 
 HEADS, SHARED, WIDTH, SCALE = 4, 2, 8, 0.3

@@ -3,8 +3,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from local_tinker.errors import UsageError
+from local_tinker.sampler.group import PAGE, build_groups
 from local_tinker.sampler.scheduler import PagePool, Scheduler
-from local_tinker.sampler.sequence import PAGE, Request, SamplingParams, build_groups
+from local_tinker.sampler.sequence import Request, SamplingParams
 
 
 def scheduler(requests, *, pages=100, max_rows=8, chunk=64, **options):

@@ -204,79 +204,26 @@ def _attend_triton(
     tile = tile_for(width, q.dtype)
     # Prefixes first: their programs are the longest.
     _attend_splits[(prefixes * prefix_splits + count * own_splits, shared)](
-        q,
-        keys,
-        values,
-        rows.own_pages,
-        rows.own_length,
-        rows.prefix_length,
-        prefix_pages,
-        rows.own_pages if rows.readers is None else rows.readers,
-        partial,
-        stats,
-        keys.stride(0),
-        rows.own_pages.stride(0),
-        prefix_pages.stride(0),
-        count * heads * splits,
-        scale * _LOG2E,
-        softcap or 0.0,
-        window or 0,
-        prefixes,
-        prefix_splits,
-        own_splits,
-        rows.prefix_split,
-        rows.own_split,
-        READERS=readers,
-        BM_PREFIX=power_of_two(readers * group, 16),
-        BM_OWN=power_of_two(group, 16),
-        PAGE=keys.shape[2],
-        BN_PREFIX=tile.prefix_tokens,
-        BN_OWN=tile.own_tokens,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **common,
-    )
+        q, keys, values, rows.own_pages, rows.own_length, rows.prefix_length, prefix_pages,
+        rows.own_pages if rows.readers is None else rows.readers, partial, stats, keys.stride(0),
+        rows.own_pages.stride(0), prefix_pages.stride(0), count * heads * splits, scale * _LOG2E, softcap or 0.0,
+        window or 0, prefixes, prefix_splits, own_splits, rows.prefix_split, rows.own_split, READERS=readers,
+        BM_PREFIX=power_of_two(readers * group, 16), BM_OWN=power_of_two(group, 16), PAGE=keys.shape[2],
+        BN_PREFIX=tile.prefix_tokens, BN_OWN=tile.own_tokens, num_warps=tile.warps, num_stages=tile.stages, **common,
+    )  # fmt: skip
     _combine[(count * heads,)](
-        partial,
-        stats,
-        out,
-        rows.own_length,
-        rows.prefix_length,
-        count * heads * splits,
-        prefix_splits,
-        own_splits,
-        rows.prefix_split,
-        rows.own_split,
-        HEADS=heads,
-        D=width,
-        DP=power_of_two(width, 16),
-        SPLITS=power_of_two(splits, 2),
-        FIXED=rows.fixed,
-        num_warps=1 if splits <= 8 else 4,
-    )
+        partial, stats, out, rows.own_length, rows.prefix_length, count * heads * splits, prefix_splits, own_splits,
+        rows.prefix_split, rows.own_split, HEADS=heads, D=width, DP=power_of_two(width, 16),
+        SPLITS=power_of_two(splits, 2), FIXED=rows.fixed, num_warps=1 if splits <= 8 else 4,
+    )  # fmt: skip
     return out
 
 
 @jit
 def _attend_tile(
-    q,
-    K,
-    V,
-    pages,
-    lo,
-    hi,
-    first,
-    page_stride,
-    scale_log2,
-    softcap,
-    WINDOW: tl.constexpr,
-    CAP: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    PAGE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    q, K, V, pages, lo, hi, first, page_stride, scale_log2, softcap, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """q (BM, DP) over tokens lo..hi-1 of one list of pages -> unnormalised output, largest score (base 2), sum."""
     d = tl.arange(0, DP)
     n = tl.arange(0, BN)
@@ -412,22 +359,9 @@ def _attend_splits(
 
 @jit
 def _combine(
-    PARTIAL,
-    STATS,
-    OUT,
-    OWN_LENGTH,
-    PREFIX_LENGTH,
-    plane,
-    prefix_splits,
-    own_splits,
-    PREFIX_SPLIT,
-    OWN_SPLIT,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    FIXED: tl.constexpr,
-):
+    PARTIAL, STATS, OUT, OWN_LENGTH, PREFIX_LENGTH, plane, prefix_splits, own_splits, PREFIX_SPLIT, OWN_SPLIT,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
     line = tl.program_id(0).to(tl.int64)
     row = line // HEADS
     s = tl.arange(0, SPLITS)

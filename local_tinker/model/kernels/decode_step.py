@@ -75,20 +75,10 @@ def _add_norm_triton(x, residual, after, before, eps, kind):
     rows, hidden = residual.shape
     out = torch.empty_like(residual)
     _add_norm[(rows,)](
-        x,
-        residual,
-        residual if after is None else after,
-        residual if before is None else before,
-        out,
-        hidden,
-        eps,
-        x.stride(0),
-        AFTER=after is not None,
-        BEFORE=before is not None,
-        KIND=NORMS[kind],
-        BLOCK=power_of_two(hidden),
+        x, residual, residual if after is None else after, residual if before is None else before, out, hidden, eps,
+        x.stride(0), AFTER=after is not None, BEFORE=before is not None, KIND=NORMS[kind], BLOCK=power_of_two(hidden),
         num_warps=8 if hidden >= 2048 else 4,
-    )
+    )  # fmt: skip
     return out
 
 
@@ -107,19 +97,9 @@ def _scaled_norm(f, W, c, inside, hidden, eps, KIND: tl.constexpr, TYPE: tl.cons
 
 @jit
 def _add_norm(
-    X,
-    RESIDUAL,
-    AFTER_W,
-    BEFORE_W,
-    OUT,
-    hidden,
-    eps,
-    x_stride,
-    AFTER: tl.constexpr,
-    BEFORE: tl.constexpr,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    X, RESIDUAL, AFTER_W, BEFORE_W, OUT, hidden, eps, x_stride, AFTER: tl.constexpr, BEFORE: tl.constexpr,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     inside = c < hidden
@@ -200,37 +180,15 @@ def _rope_write_triton(y, angles, keys, values, rows, heads, low_rank, norms):
     parts = 0 if low_rank is None else len(low_rank.edges) - 1
     cos, sin = (y, y) if angles is None else angles
     _rope_write[(-(-count // 16), heads + 2 * shared)](
-        y,
-        y if low_rank is None else low_rank.thin,
-        y if low_rank is None else low_rank.up,
-        y if norms is None else norms.q,
-        y if norms is None else norms.k,
-        cos,
-        sin,
-        out,
-        keys,
-        values,
-        rows.own_pages,
-        rows.own_length,
-        count,
-        y.stride(0),
-        0 if low_rank is None else low_rank.thin.stride(0),
-        cos.stride(0),
-        rows.own_pages.stride(0),
-        keys.stride(0),
-        0.0 if low_rank is None else low_rank.scale,
-        0.0 if norms is None else norms.eps,
-        HEADS=heads,
-        SHARED=shared,
-        HALF=width // 2,
-        RANK=16 if low_rank is None else low_rank.up.shape[1],
-        PARTS=parts,
-        NORM=-1 if norms is None else NORMS[norms.kind],
-        ROTATE=angles is not None,
-        PAGE=keys.shape[2],
-        BM=16,
+        y, y if low_rank is None else low_rank.thin, y if low_rank is None else low_rank.up,
+        y if norms is None else norms.q, y if norms is None else norms.k, cos, sin, out, keys, values, rows.own_pages,
+        rows.own_length, count, y.stride(0), 0 if low_rank is None else low_rank.thin.stride(0), cos.stride(0),
+        rows.own_pages.stride(0), keys.stride(0), 0.0 if low_rank is None else low_rank.scale,
+        0.0 if norms is None else norms.eps, HEADS=heads, SHARED=shared, HALF=width // 2,
+        RANK=16 if low_rank is None else low_rank.up.shape[1], PARTS=parts,
+        NORM=-1 if norms is None else NORMS[norms.kind], ROTATE=angles is not None, PAGE=keys.shape[2], BM=16,
         num_warps=4,
-    )
+    )  # fmt: skip
     return out
 
 
@@ -245,36 +203,11 @@ def _low_rank_tile(thin_row, up_row, ok, RANK: tl.constexpr):
 
 @jit
 def _rope_write(
-    Y,
-    THIN,
-    UP,
-    Q_NORM,
-    K_NORM,
-    COS,
-    SIN,
-    OUT,
-    KEYS,
-    VALUES,
-    PAGES,
-    LENGTH,
-    rows,
-    y_stride,
-    thin_stride,
-    angle_stride,
-    pages_stride,
-    page_stride,
-    scale,
-    eps,
-    HEADS: tl.constexpr,
-    SHARED: tl.constexpr,
-    HALF: tl.constexpr,
-    RANK: tl.constexpr,
-    PARTS: tl.constexpr,
-    NORM: tl.constexpr,
-    ROTATE: tl.constexpr,
-    PAGE: tl.constexpr,
-    BM: tl.constexpr,
-):
+    Y, THIN, UP, Q_NORM, K_NORM, COS, SIN, OUT, KEYS, VALUES, PAGES, LENGTH, rows, y_stride, thin_stride,
+    angle_stride, pages_stride, page_stride, scale, eps, HEADS: tl.constexpr, SHARED: tl.constexpr,
+    HALF: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
+    PAGE: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
     D: tl.constexpr = 2 * HALF
     kind: tl.constexpr = OUT.dtype.element_ty
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -358,42 +291,19 @@ def _gated_triton(y, size, activation, low_rank):
     out = torch.empty(count, size, dtype=y.dtype, device=y.device)
     bm, bn = (16, 128) if low_rank is not None else (1, 1024)
     _gated[(-(-count // bm), -(-size // bn))](
-        y,
-        y if low_rank is None else low_rank.thin,
-        y if low_rank is None else low_rank.up,
-        out,
-        count,
-        size,
-        y.stride(0),
-        0 if low_rank is None else low_rank.thin.stride(0),
-        0.0 if low_rank is None else low_rank.scale,
+        y, y if low_rank is None else low_rank.thin, y if low_rank is None else low_rank.up, out, count, size,
+        y.stride(0), 0 if low_rank is None else low_rank.thin.stride(0), 0.0 if low_rank is None else low_rank.scale,
         RANK=16 if low_rank is None else low_rank.up.shape[1],
-        PARTS=0 if low_rank is None else len(low_rank.edges) - 1,
-        GATE=GATES[activation],
-        BM=bm,
-        BN=bn,
-        num_warps=4,
-    )
+        PARTS=0 if low_rank is None else len(low_rank.edges) - 1, GATE=GATES[activation], BM=bm, BN=bn, num_warps=4,
+    )  # fmt: skip
     return out
 
 
 @jit
 def _gated(
-    Y,
-    THIN,
-    UP,
-    OUT,
-    rows,
-    size,
-    y_stride,
-    thin_stride,
-    scale,
-    RANK: tl.constexpr,
-    PARTS: tl.constexpr,
-    GATE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    Y, THIN, UP, OUT, rows, size, y_stride, thin_stride, scale, RANK: tl.constexpr, PARTS: tl.constexpr,
+    GATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     kind: tl.constexpr = OUT.dtype.element_ty
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     c = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -428,19 +338,9 @@ def add_low_rank(y: Tensor, low_rank: LowRank) -> Tensor:
     count, outputs = y.shape
     bm, bn = (16, 128) if count <= 64 else (64, 128)
     _add_low_rank[(-(-count // bm), -(-outputs // bn))](
-        y,
-        low_rank.thin,
-        low_rank.up,
-        count,
-        outputs,
-        y.stride(0),
-        low_rank.thin.stride(0),
-        low_rank.scale,
-        RANK=low_rank.up.shape[1],
-        BM=bm,
-        BN=bn,
-        num_warps=4,
-    )
+        y, low_rank.thin, low_rank.up, count, outputs, y.stride(0), low_rank.thin.stride(0), low_rank.scale,
+        RANK=low_rank.up.shape[1], BM=bm, BN=bn, num_warps=4,
+    )  # fmt: skip
     return y
 
 

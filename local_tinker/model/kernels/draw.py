@@ -138,53 +138,21 @@ def _draw_triton(logits: Tensor, noise: Noise, kept: Tensor | None) -> tuple[Ten
     logprob = torch.empty(rows, dtype=torch.float32, device=logits.device)
     source = logits if kept is None else kept
     _block_stats[(rows, -(-blocks // _BLOCKS_A_PROGRAM))](
-        logits,
-        source,
-        noise.temperature,
-        stats,
-        vocab,
-        blocks,
-        rows * blocks,
-        GREEDY_BELOW,
-        KEPT=kept is not None,
-        BLOCK=BLOCK,
-        COUNT=_BLOCKS_A_PROGRAM,
-        num_warps=4,
-    )
+        logits, source, noise.temperature, stats, vocab, blocks, rows * blocks, GREEDY_BELOW, KEPT=kept is not None,
+        BLOCK=BLOCK, COUNT=_BLOCKS_A_PROGRAM, num_warps=4,
+    )  # fmt: skip
     _pick_token[(rows,)](
-        logits,
-        source,
-        noise.temperature,
-        noise.seed,
-        noise.number,
-        stats,
-        token,
-        logprob,
-        vocab,
-        blocks,
-        rows * blocks,
-        GREEDY_BELOW,
-        BLOCK=BLOCK,
-        BLOCKS=power_of_two(blocks, 16),
-        num_warps=4,
-    )
+        logits, source, noise.temperature, noise.seed, noise.number, stats, token, logprob, vocab, blocks,
+        rows * blocks, GREEDY_BELOW, BLOCK=BLOCK, BLOCKS=power_of_two(blocks, 16), num_warps=4,
+    )  # fmt: skip
     return token, logprob
 
 
 @jit
 def _block_stats(
-    LOGITS,
-    SOURCE,
-    TEMPERATURE,
-    STATS,
-    vocab,
-    blocks,
-    plane,
-    greedy_below,
-    KEPT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LOGITS, SOURCE, TEMPERATURE, STATS, vocab, blocks, plane, greedy_below, KEPT: tl.constexpr, BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
-):
+):  # fmt: skip
     """STATS (3, B, K): log-sum-exp of each block, the same at the temperature, its largest (kept) logit."""
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(TEMPERATURE + row)
@@ -221,21 +189,9 @@ def _gumbel(seed, index, number, LEVEL: tl.constexpr):
 
 @jit
 def _pick_token(
-    LOGITS,
-    SOURCE,
-    TEMPERATURE,
-    SEED,
-    NUMBER,
-    STATS,
-    TOKEN,
-    LOGPROB,
-    vocab,
-    blocks,
-    plane,
-    greedy_below,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
+    LOGITS, SOURCE, TEMPERATURE, SEED, NUMBER, STATS, TOKEN, LOGPROB, vocab, blocks, plane, greedy_below,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(TEMPERATURE + row)
     seed = tl.load(SEED + row)
@@ -310,25 +266,10 @@ def advance(state: RowState, token: Tensor, logprob: Tensor, out: Output) -> Non
     if triton_ready(token.device.type) and logprob.dtype == torch.float32:
         rows = token.shape[0]
         _advance[(1,)](
-            state.token,
-            state.position,
-            state.own_length,
-            state.number,
-            state.left,
-            state.alive,
-            state.stops,
-            token,
-            logprob,
-            out.tokens,
-            out.logprobs,
-            out.at,
-            rows,
-            out.tokens.stride(0),
-            out.tokens.shape[0],
-            STOPS=state.stops.shape[1],
-            BLOCK=power_of_two(rows),
-            num_warps=4,
-        )
+            state.token, state.position, state.own_length, state.number, state.left, state.alive, state.stops, token,
+            logprob, out.tokens, out.logprobs, out.at, rows, out.tokens.stride(0), out.tokens.shape[0],
+            STOPS=state.stops.shape[1], BLOCK=power_of_two(rows), num_warps=4,
+        )  # fmt: skip
         return
     alive = state.alive
     line = out.at.long()
@@ -347,24 +288,9 @@ def advance(state: RowState, token: Tensor, logprob: Tensor, out: Output) -> Non
 
 @jit
 def _advance(
-    STATE_TOKEN,
-    POSITION,
-    OWN_LENGTH,
-    NUMBER,
-    LEFT,
-    ALIVE,
-    STOP_IDS,
-    TOKEN,
-    LOGPROB,
-    OUT_TOKENS,
-    OUT_LOGPROBS,
-    AT,
-    rows,
-    out_stride,
-    lines,
-    STOPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    STATE_TOKEN, POSITION, OWN_LENGTH, NUMBER, LEFT, ALIVE, STOP_IDS, TOKEN, LOGPROB, OUT_TOKENS, OUT_LOGPROBS, AT,
+    rows, out_stride, lines, STOPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     r = tl.arange(0, BLOCK)
     ok = r < rows
     token = tl.load(TOKEN + r, mask=ok, other=0)
