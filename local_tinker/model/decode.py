@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .kernels import power_of_two, triton_ready
-from .kernels.decode_attention import PagedRows, decode_attention
+from .kernels.decode_attention import decode_attention
 from .kernels.decode_step import HeadNorms, add_low_rank, add_norm, gated_product, rope_write
 from .kernels.norm import rms_norm
+from .kernels.paged import PagedRows
 from .layer import LayerWeights, Pairs
 from .road import FastRoad
 from .stacked import Stacked
@@ -99,7 +100,7 @@ class DecodeRoad:
             keys, values: a layer: (pages, Hkv, PAGE, D).
         """
         h = self._road.embed(tokens)
-        angles = self._angles(positions, h.dtype)
+        angles, rows = self._angles(positions, h.dtype), rows.planned(keys[0])
         x, after = None, None
         for index, layer in enumerate(self._layers):
             weights = layer.weights

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..model.attention import VarlenCausal
 from ..model.decode import DecodeRoad
-from ..model.kernels.decode_attention import PagedRows
 from ..model.kernels.draw import RowState
+from ..model.kernels.paged import PagedRows
 from .kv_cache import DecodeAttend, KVCache, PromptAttend
 from .scheduler import Piece
 

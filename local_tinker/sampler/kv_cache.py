@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..model.attention import VarlenCausal, attend_document
-from ..model.kernels.decode_attention import PagedRows, decode_attention
+from ..model.kernels.decode_attention import decode_attention
+from ..model.kernels.paged import PagedRows
 from .group import PAGE
 from .scheduler import Piece
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..model.kernels import power_of_two
-from ..model.kernels.decode_attention import PagedRows
 from ..model.kernels.draw import Output, RowState
+from ..model.kernels.paged import PagedRows
 from .group import PAGE, Group, pages_for
 from .group import Sequence as Row
 from .pick import NO_TOP_K

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.kernels.decode_attention import PagedRows
 from ..model.kernels.draw import RowState, advance, draw
+from ..model.kernels.paged import PagedRows
 from .forward import Forward
 from .kv_cache import KVCache
 from .pick import kept_logits

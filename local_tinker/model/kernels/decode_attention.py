@@ -16,43 +16,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import jit, power_of_two, tl, triton_ready
+from .paged import PagedRows, StepPlaces
 
 _LOG2E = 1.4426950408889634
-
-
-@dataclass(frozen=True, eq=False)
-class PagedRows:
-    """Where B rows find their keys, all on the device. Page 0 is nobody's: what has no place is written there.
-
-    Attributes:
-        own_pages: (B, P) int32. own_length: (B,) int32 tokens of the row's own, this step's included.
-        prefix_length: (B,) int32, 0 for none; the row's own tokens stand at positions from there on.
-        prefix_pages: (S, P') int32, or None where no row has a prefix. readers: (S, W) int32 row numbers, -1 for none.
-        own_split, prefix_split: tokens a program reads.
-        own_most, prefix_most: the most tokens any row may have; sizes of the grid.
-        fixed: add splits up one by one, so that a row's result does not depend on how many splits others need.
-    """
-
-    own_pages: Tensor
-    own_length: Tensor
-    prefix_length: Tensor
-    prefix_pages: Tensor | None
-    readers: Tensor | None
-    own_split: int
-    prefix_split: int
-    own_most: int
-    prefix_most: int
-    fixed: bool = False
-
-    @property
-    def own_splits(self) -> int:
-        return -(-self.own_most // self.own_split)
-
-    @property
-    def prefix_splits(self) -> int:
-        return -(-self.prefix_most // self.prefix_split) if self.prefix_pages is not None else 0
 
 
 def decode_attention(
@@ -87,6 +56,8 @@ def decode_attention_reference(
     softcap: float | None = None,
 ) -> Tensor:
     """The definition in torch operations, fp32 inside."""
+    if rows.step is not None and rows.prefix_pages is None and window is None and softcap is None:
+        return _attend_own(q, keys, values, rows.step, scale)
     position = rows.prefix_length + rows.own_length - 1  # (B,)
     first = None if window is None else position - window + 1  # the first visible position
     own_first = None if first is None else (first - rows.prefix_length)[:, None]
@@ -110,6 +81,19 @@ def decode_attention_reference(
         parts.append(flat.new_full((q.shape[0] + 1, *flat.shape[1:]), empty).index_copy_(0, places, flat)[:-1])
     out = _merge(own, tuple(parts))
     return out.to(q.dtype).view(q.shape[0], -1)
+
+
+def _attend_own(q: Tensor, keys: Tensor, values: Tensor, step: StepPlaces, scale: float) -> Tensor:
+    """Rows without a shared prompt: one copy of their pages, one call of torch's attention."""
+    count, heads, width = q.shape
+    shared = keys.shape[1]
+    # (Hkv, B * P, PAGE, D), of which every row's tokens are one block
+    k, v = (
+        cache.transpose(0, 1).index_select(1, step.own).view(shared, count, -1, width).transpose(0, 1)
+        for cache in (keys, values)
+    )
+    grouped = q.view(count, shared, heads // shared, width)
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=step.seen, scale=scale).reshape(count, -1)
 
 
 def _partial(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from . import jit, power_of_two, tl, triton_ready
-from .decode_attention import PagedRows
 from .norm import rms_norm
+from .paged import PagedRows, StepPlaces
 from .rope import rotate
 from .swiglu import ACTIVATIONS
 
@@ -167,10 +167,9 @@ def rope_write_reference(y, angles, keys, values, rows, *, heads, low_rank=None,
         turned = y[:, : heads + shared]
     if angles is not None:
         turned = rotate(turned, angles[0][:, None], angles[1][:, None])
-    last = (rows.own_length - 1).clamp_min(0).long()
-    page, place = rows.own_pages.gather(1, (last // keys.shape[2])[:, None]).long()[:, 0], last % keys.shape[2]
-    keys[page, :, place] = turned[:, heads:]
-    values[page, :, place] = y[:, heads + shared :]
+    step = rows.step if rows.step is not None else StepPlaces.of(rows, keys)
+    for cache, new in ((keys, turned[:, heads:]), (values, y[:, heads + shared :])):
+        cache.view(-1, width).index_copy_(0, step.write, new.reshape(-1, width))
     return turned[:, :heads]
 
 

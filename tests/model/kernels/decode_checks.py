@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from local_tinker.model.kernels import triton_ready
-from local_tinker.model.kernels.decode_attention import PagedRows, decode_attention, decode_attention_reference
+from local_tinker.model.kernels.decode_attention import decode_attention, decode_attention_reference
 from local_tinker.model.kernels.decode_step import (
     HeadNorms,
     LowRank,
@@ -18,6 +18,7 @@ from local_tinker.model.kernels.decode_step import (
     rope_write_reference,
 )
 from local_tinker.model.kernels.draw import Noise, Output, RowState, advance, draw, draw_reference
+from local_tinker.model.kernels.paged import PagedRows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 64
