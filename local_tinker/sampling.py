@@ -69,6 +69,7 @@ class SamplingClient:
         min_p: float = 0.0,
         seed: int | None = None,
         stop: Any = None,
+        deterministic: bool = False,
         **unknown: Any,
     ) -> Completion:
         """One completion of one prompt.
@@ -80,13 +81,15 @@ class SamplingClient:
             top_p, top_k, min_p: filters, off by default; they change what is drawn, never the log-probs.
             seed: the same seed gives the same completion, alone or in a batch (CPU, float32).
             stop: strings or token ids besides the model's own; [] stops at nothing, not even the model's own.
+            deterministic: on a card too, the same seed gives the same completion alone or in a batch. Steps then have a
+                fixed size, which costs speed; on a CPU in float32 it changes nothing.
 
         Raises:
             UsageError: settings out of range, or a prompt that leaves no room in the model's context.
         """
         refuse_unknown("sample", type(self).sample, unknown)
         params = _params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
-        (group,) = self._collect([prompt], 1, params)
+        (group,) = self._collect([prompt], 1, params, deterministic)
         return group[0]
 
     @overload
@@ -106,6 +109,7 @@ class SamplingClient:
         min_p: float = 0.0,
         seed: int | None = None,
         stop: Any = None,
+        deterministic: bool = False,
         **unknown: Any,
     ):
         """Completions of several prompts, in the prompts' order.
@@ -125,7 +129,7 @@ class SamplingClient:
             )
         refuse_unknown("sample_batch", type(self).sample_batch, unknown)
         params = _params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
-        groups = self._collect(prompts, 1 if n is None else n, params)
+        groups = self._collect(prompts, 1 if n is None else n, params, deterministic)
         return [group[0] for group in groups] if n is None else groups
 
     def stream(
@@ -139,12 +143,14 @@ class SamplingClient:
         min_p: float = 0.0,
         seed: int | None = None,
         stop: Any = None,
+        deterministic: bool = False,
         **unknown: Any,
     ) -> Iterator[str]:
         """The text of one completion as it comes; whole characters only. Arguments are those of `sample`."""
         refuse_unknown("stream", type(self).stream, unknown)
         params = _params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
-        events = self._engine.sample(self._snapshot.id, self._requests([prompt], 1, params), stream=True)
+        requests = self._requests([prompt], 1, params)
+        events = self._engine.sample(self._snapshot.id, requests, stream=True, deterministic=deterministic)
         return (event.text for event in events if isinstance(event, Delta) and event.text)
 
     def compute_logprobs(self, prompt: Prompt) -> list[float | None]:
@@ -186,13 +192,16 @@ class SamplingClient:
             self._unseeded += len(prompts)
         return requests
 
-    def _collect(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[list[Completion]]:
+    def _collect(
+        self, prompts: Sequence[Prompt], n: int, params: SamplingParams, deterministic: bool
+    ) -> list[list[Completion]]:
         requests = self._requests(prompts, n, params)
         if not requests:
             return []
         results: list[list[Any]] = [[None] * n for _ in requests]
         with sampling_progress(len(requests) * n) as progress:
-            for event in self._engine.sample(self._snapshot.id, requests, progress=progress):
+            events = self._engine.sample(self._snapshot.id, requests, progress=progress, deterministic=deterministic)
+            for event in events:
                 if isinstance(event, Finished):
                     results[event.request][event.sample] = event.completion(weights_version=self._snapshot.version)
         return results

@@ -161,6 +161,7 @@ class Engine(Protocol):
         *,
         stream: bool = False,
         progress: Callable[[Progress], None] | None = None,
+        deterministic: bool = False,
     ) -> Iterator[Delta | Finished]: ...
 
     def compute_logprobs(self, snapshot_id: str, tokens: Sequence[int]) -> list[float | None]: ...

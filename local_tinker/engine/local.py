@@ -12,6 +12,7 @@ from safetensors.torch import load
 
 from ..errors import CheckpointError, StateError
 from ..model.adapter import Adapter, AdapterSpec, choose_targets
+from ..model.decode import DecodeRoad
 from ..model.load import LoadedModel, fingerprint, load_model
 from ..sampler.decode import Progress, SamplerEngine
 from ..sampler.sequence import Delta, Finished, Request, derive_seed
@@ -26,6 +27,7 @@ from .trainer import Trainer
 from .turns import Turns
 
 END = object()
+PREFILL = {"cuda": 8192, "cpu": 2048}  # prompt tokens of one forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,7 @@ class LocalEngine:
         self._bases: dict[str, tuple[LoadedModel, BaseInfo]] = {}
         self._trainers: dict[str, tuple[Trainer, str]] = {}
         self._snapshots: dict[str, Snapshot] = {}
+        self._samplers: dict[LoadedModel, SamplerEngine] = {}
 
     # -- bases -------------------------------------------------------------------------------------------------------
 
@@ -205,26 +208,20 @@ class LocalEngine:
         return self._snapshots[snapshot_id]
 
     def _sampler(self, snapshot: Snapshot) -> SamplerEngine:
+        """The base's sampler, within what memory allows now. It outlives a run: what it has laid out and captured stays."""
         model = snapshot.model
-        dims = model.dims
-        budget: Budget = plan_budget(model, None, micro_batch_tokens=None)
+        kept = 0 if model not in self._samplers else self._samplers[model].kept_bytes
+        budget: Budget = plan_budget(model, None, micro_batch_tokens=None, kept_bytes=kept)
         training = [trainer for trainer, _ in self._trainers.values() if trainer.model is model]
-        if budget.hold_weights and all(trainer.budget.hold_weights for trainer in training):
-            model.hold_weights()
-        return SamplerEngine(
-            model.road,
-            model.head,
-            layers=dims.layers,
-            kv_heads=dims.kv_heads,
-            head_dim=dims.head_dim,
-            dtype=model.dtype,
-            device=self.device,
-            max_rows=budget.sampler_rows,
-            token_budget=budget.sampler_tokens,
-            max_positions=model.cached_positions,
-            vocab_size=model.vocab_size,
-            head_path=model.head_path,
-        )
+        if budget.hold_weights:
+            model.hold_weights(rank=max((trainer.spec.rank for trainer in training), default=0))
+        if model not in self._samplers:
+            self._samplers[model] = _sampler_for(model, budget)
+        sampler = self._samplers[model]
+        sampler.token_budget = budget.sampler_tokens
+        # Between runs the cache's storage stays only where training does not want the memory.
+        sampler.keep_bytes = budget.spare_bytes(*(trainer.budget for trainer in training))
+        return sampler
 
     def sample(
         self,
@@ -233,6 +230,7 @@ class LocalEngine:
         *,
         stream: bool = False,
         progress: Callable[[Progress], None] | None = None,
+        deterministic: bool = False,
     ) -> Iterator[Delta | Finished]:
         """Events of all requests; the device is free for others between two of them."""
         with self._turn():
@@ -245,6 +243,7 @@ class LocalEngine:
                 stream=stream,
                 progress=progress,
                 pauses=True,
+                deterministic=deterministic,
             )
         return self._in_turns(events)
 
@@ -280,10 +279,32 @@ class LocalEngine:
 
     def release_all(self) -> None:
         with self._turn():
-            for table in (self._trainers, self._snapshots, self._bases):
+            for table in (self._trainers, self._snapshots, self._samplers, self._bases):
                 table.clear()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def _sampler_for(model: LoadedModel, budget: Budget) -> SamplerEngine:
+    dims = model.dims
+    fused = None if model.fast is None else DecodeRoad(model.fast)
+    return SamplerEngine(
+        model.road,
+        model.head,
+        layers=dims.layers,
+        heads=dims.heads,
+        kv_heads=dims.kv_heads,
+        head_dim=dims.head_dim,
+        dtype=model.dtype,
+        device=model.device,
+        max_rows=budget.sampler_rows,
+        token_budget=budget.sampler_tokens,
+        max_positions=model.cached_positions,
+        vocab_size=model.vocab_size,
+        head_path=model.head_path,
+        prefill_chunk=PREFILL[model.device.type],
+        fused=fused,
+    )
 
 
 def _info(id: str, name: str, model: LoadedModel, device: torch.device) -> BaseInfo:

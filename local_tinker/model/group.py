@@ -80,8 +80,12 @@ class ProjectionGroup:
     """Linears that read the same input; `paths` name them in the transformers model.
 
     While `hold()` is in force the dequantised weights stay in one buffer of which every member's `dense()` is a view,
-    with room beside (or below) them for an adapter. It holds the bits that dequantising gives: residency changes speed
-    and memory, never a result.
+    with room below them and, for several members, beside them for an adapter. It holds the bits that dequantising gives:
+    residency changes speed and memory, never a result.
+
+    Attributes:
+        below: address of the A matrices that stand below the weights, or None: a pass of another adapter has written
+            there since, or the buffer is new.
     """
 
     def __init__(self, paths: tuple[str, ...], linears: tuple[FrozenLinear, ...]) -> None:
@@ -93,6 +97,7 @@ class ProjectionGroup:
             edges.append(edges[-1] + linear.out_features)
         self.starts = tuple(edges)
         self._resident: Tensor | None = None
+        self.below: int | None = None
         self._bias = self._stack_bias()
 
     def _stack_bias(self) -> Tensor | None:
@@ -122,17 +127,25 @@ class ProjectionGroup:
                 linear.share(self._resident[start : start + linear.out_features, : self.inputs])
 
     def release(self) -> None:
-        self._resident = None
+        self._resident = self.below = None
         for linear in self.linears:
             linear.release()
 
     def _room(self) -> int:
-        rows, columns = self._resident.shape
-        return rows - self.outputs if self.single else columns - self.inputs
+        return self._resident.shape[0] - self.outputs
+
+    def with_below(self, rows: int) -> Tensor:
+        """[W ; room] (O + rows, I) of the buffer that is held."""
+        return self._resident[: self.outputs + rows, : self.inputs]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(O,)"""
+        return self._bias
 
     def _dequantised(self, room: int) -> Tensor:
-        """A new buffer: (O + room, I) for one member, (O, I + room) for several; the room is not filled."""
-        shape = (self.outputs + room, self.inputs) if self.single else (self.outputs, self.inputs + room)
+        """A new buffer (O + room, I), for several members (O + room, I + room); the room is not filled."""
+        shape = (self.outputs + room, self.inputs + (0 if self.single else room))
         first = self.linears[0]
         buffer = torch.empty(shape, dtype=first.dtype, device=first.weight.device)
         for linear, start in zip(self.linears, self.starts, strict=False):
@@ -157,10 +170,11 @@ class ProjectionGroup:
         if self.single:
             buffer = buffer[: self.outputs + room]
             buffer[self.outputs : self.outputs + lora.rank].copy_(lora.a)
+            self.below = lora.a.data_ptr()
             if room > lora.rank:
                 buffer[self.outputs + lora.rank :].zero_()
         else:
-            buffer = buffer[:, : self.inputs + room]
+            buffer = buffer[: self.outputs, : self.inputs + room]
             block_diagonal(
                 [(b, self.starts[i]) for i, b in zip(lora.members, lora.bs, strict=True)],
                 lora.scale,

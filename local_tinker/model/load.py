@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, UsageError
+from .decode import DecodeRoad
 from .dims import ModelDims
 from .head import Head
 from .kernels import fault
@@ -176,6 +177,8 @@ def load_model(
     loaded.fast = None if plain_road else _fast_road(model, text_config, loaded)
     if device.type == "cuda" and (reason := fault("cuda")) is not None:
         loaded.said.append(f"fused kernels are off and plain torch runs instead: {reason}")
+    elif device.type == "cuda" and loaded.fast is not None and (parts := DecodeRoad(loaded.fast).unfused()):
+        loaded.said.append(f"in sampling, {' and '.join(parts)} run on torch operations")
     loaded.release_weights()
     for line in loaded.said:
         say(line)

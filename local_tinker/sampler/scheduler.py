@@ -1,4 +1,8 @@
-"""Who runs next: continuous batching under a page budget, first come first served. Host bookkeeping only, no torch."""
+"""Who runs next: continuous batching over a pool of pages, first come first served. Host bookkeeping only, no torch.
+
+Pages are taken as rows grow. When none is left the youngest rows give theirs back and wait; later they are computed
+again from their tokens, and draw on as if nothing had happened, since a draw depends on seed and position alone.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import UsageError
-from .sequence import Group, Sequence
-
-PAGE = 16  # tokens; half a page is lost per stored segment on average
-
-
-def pages_for(tokens: int) -> int:
-    return -(-tokens // PAGE)
+from .group import PAGE, Group, Sequence, pages_for
 
 
 class PagePool:
-    """Counts the cache's pages: which are taken, which are free. Low numbers first, so that storage grows with use."""
+    """Counts the cache's pages 1..`pages`: which are taken, which are free. Low numbers first, so that storage grows
+    with use. Page 0 is where rows that have ended write."""
 
     def __init__(self, pages: int) -> None:
         self.pages = pages
-        self.touched = 0  # pages ever handed out: what storage must hold
-        self._free = list(range(pages - 1, -1, -1))
+        self.touched = 1  # pages ever handed out, page 0 included: what storage must hold
+        self._free = list(range(pages, 0, -1))
 
     @property
     def free(self) -> int:
@@ -41,90 +40,195 @@ class PagePool:
 
 @dataclass(frozen=True)
 class Piece:
-    """Prompt tokens start..stop-1 of a group, to compute in the next forward."""
+    """Tokens start..stop-1 of the context of a group or of a row, to compute in the next forward."""
 
-    group: Group
+    owner: Group | Sequence
     start: int
     stop: int
 
 
 class Scheduler:
-    """Admits samples in order while rows and pages last; pages for all a sample may come to are taken at its admission,
-    so an admitted sample always finishes. The prompt of a group is kept while one of its samples is unfinished.
+    """Which rows decode, in which slots, and which tokens are computed first.
 
     Args:
-        max_rows: samples admitted at a time. prefill_chunk: prompt tokens a forward.
+        max_rows: samples that decode at a time. prefill_chunk: prompt tokens a forward.
+        admit_at: free slots to wait for before new rows come in, while others decode: computing one prompt costs nearly
+            as much as computing several.
+        budget: tokens the cache may hold at most, to name in errors.
+        alone: compute each context in forwards of its own, and take a row's pages at once so that it is never evicted:
+            for results that do not depend on what else runs.
     """
 
-    def __init__(self, groups: Iterable[Group], *, pool: PagePool, max_rows: int, prefill_chunk: int) -> None:
+    def __init__(
+        self,
+        groups: Iterable[Group],
+        *,
+        pool: PagePool,
+        max_rows: int,
+        prefill_chunk: int,
+        budget: int | None = None,
+        admit_at: int = 1,
+        alone: bool = False,
+    ) -> None:
         self._pool = pool
-        self._max_rows, self._prefill_chunk = max_rows, prefill_chunk
+        self._budget = pool.pages * PAGE if budget is None else budget // PAGE * PAGE
+        self._prefill_chunk, self._admit_at, self._alone = prefill_chunk, admit_at, alone
         self._queue = deque(groups)
-        self._prefilling: deque[Group] = deque()
-        self.rows: list[Sequence] = []
+        self._pending: deque[Group | Sequence] = deque()  # contexts that are not computed yet
+        self._running: list[Sequence] = []  # admitted, oldest first
+        self.slots: list[Sequence | None] = [None] * max_rows
         self._check_fit()
 
     @property
+    def pool(self) -> PagePool:
+        return self._pool
+
+    @property
     def unfinished(self) -> bool:
-        return bool(self._queue or self.rows)
+        return bool(self._queue or self._running)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether rows wait to be admitted."""
+        return bool(self._queue)
+
+    @property
+    def rows(self) -> list[Sequence]:
+        """Admitted rows, oldest first."""
+        return list(self._running)
+
+    @property
+    def decoding(self) -> list[Sequence]:
+        return [row for row in self._running if row.slot is not None]
 
     def plan(self) -> list[Piece]:
-        """Admit what fits, then cut the next prompt tokens, at most `prefill_chunk` of them."""
+        """Admit what fits, then cut the next context tokens, at most `prefill_chunk` of them."""
         self._admit()
         pieces: list[Piece] = []
         left = self._prefill_chunk
-        while self._prefilling and left:
-            group = self._prefilling[0]
-            stop = min(len(group.prompt_tokens), group.computed + left)
-            pieces.append(Piece(group, group.computed, stop))
-            left -= stop - group.computed
-            group.computed = stop
-            if stop == len(group.prompt_tokens):
-                self._prefilling.popleft()
+        while self._pending and left and not (self._alone and pieces):
+            owner = self._pending[0]
+            context = len(owner.context)
+            stop = min(context, owner.computed + left)
+            if pieces and stop < context and context - owner.computed <= self._prefill_chunk:
+                break  # whole in the next forward: a piece that continues another is slower
+            pieces.append(Piece(owner, owner.computed, stop))
+            left -= stop - owner.computed
+            owner.computed = stop
+            if stop == context:
+                self._pending.popleft()
         return pieces
+
+    def entering(self) -> list[Sequence]:
+        """Rows whose context is computed and that do not decode yet; they get their slots here."""
+        ready = [row for row in self._running if row.slot is None and row.last_hidden is not None]
+        free = (slot for slot, row in enumerate(self.slots) if row is None)
+        for row in ready:
+            row.slot = next(free)
+            self.slots[row.slot] = row
+        return ready
+
+    def reserve(self, steps: int) -> bool:
+        """Pages for the next steps of every decoding row; False where the pool cannot give them."""
+        wanted = {row: row.pages_after(steps) - len(row.pages) for row in self.decoding}
+        if sum(wanted.values()) > self._pool.free:
+            return False
+        for row, count in wanted.items():
+            row.pages += self._pool.take(count)
+            row.advance(steps)
+        return True
+
+    def evict(self) -> int | None:
+        """The youngest row gives its pages back and waits at the head of the queue; returns the slot it had. Its tokens
+        must all be known."""
+        row = self._running.pop()
+        assert self._running, "the oldest row always fits"
+        slot = row.slot
+        self._vacate(row)
+        row.restart()
+        if row in self._pending:
+            self._pending.remove(row)
+        group = row.group
+        group.running -= 1
+        if not group.running:
+            self._forget(group)
+        group.waiting.appendleft(row)
+        if not self._queue or self._queue[0] is not group:
+            if group in self._queue:
+                self._queue.remove(group)
+            self._queue.appendleft(group)
+        return slot
 
     def release(self, finished: Iterable[Sequence]) -> None:
         """Give back what finished samples hold, and the prompt with the last of its group."""
         gone = set(finished)
         if not gone:
             return
-        self.rows = [row for row in self.rows if row not in gone]
-        for sequence in gone:
-            group = sequence.group
-            self._pool.give(sequence.pages)
-            sequence.pages = []
-            group.unfinished -= 1
-            if not group.unfinished:
-                self._pool.give(group.pages)
-                group.pages, group.last_hidden = [], None
+        self._running = [row for row in self._running if row not in gone]
+        for row in gone:
+            self._vacate(row)
+            row.group.running -= 1
+            row.group.unfinished -= 1
+            if not row.group.unfinished:
+                self._forget(row.group)
+
+    def compact(self, rows: int) -> list[tuple[int, int]]:
+        """Move rows to slots below `rows`; returns (from, to)."""
+        moves = []
+        free = (slot for slot in range(rows) if self.slots[slot] is None)
+        for slot in range(rows, len(self.slots)):
+            row = self.slots[slot]
+            if row is not None:
+                row.slot = next(free)
+                self.slots[row.slot], self.slots[slot] = row, None
+                moves.append((slot, row.slot))
+        return moves
+
+    def _vacate(self, row: Sequence) -> None:
+        self._pool.give(row.pages)
+        row.pages, row.last_hidden = [], None
+        if row.slot is not None:
+            self.slots[row.slot] = None
+            row.slot = None
+
+    def _forget(self, group: Group) -> None:
+        self._pool.give(group.pages)
+        group.pages, group.computed, group.last_hidden = [], 0, None
+        if group in self._pending:
+            self._pending.remove(group)
 
     def _admit(self) -> None:
-        while self._queue and len(self.rows) < self._max_rows:
+        free = len(self.slots) - len(self._running)
+        if self._running and free < min(self._admit_at, sum(len(group.waiting) for group in self._queue)):
+            return
+        while self._queue and len(self._running) < len(self.slots):
             group = self._queue[0]
-            sequence = group.waiting[0]
-            own = _row_pages(sequence)
-            prompt = 0 if group.pages else pages_for(len(group.prompt_tokens))
-            if prompt + own > self._pool.free:
+            row = group.waiting[0]
+            prompt = pages_for(len(group.context)) if group.shared and not group.pages else 0
+            own = row.pages_after(row.most if self._alone else 1)
+            # One page more for every row that runs: a row admitted only to be evicted at once computes for nothing.
+            spare = 0 if self._alone else len(self._running)
+            if prompt + own + spare > self._pool.free:
                 return
             if prompt:
                 group.pages = self._pool.take(prompt)
-                self._prefilling.append(group)
-            sequence.pages = self._pool.take(own)
-            self.rows.append(group.waiting.popleft())
+                self._pending.append(group)
+            row.pages = self._pool.take(own)
+            if row.context:
+                self._pending.append(row)
+            group.waiting.popleft()
+            group.running += 1
+            self._running.append(row)
             if not group.waiting:
                 self._queue.popleft()
 
     def _check_fit(self) -> None:
         for group in self._queue:
-            prompt = len(group.prompt_tokens)
-            for sequence in group.waiting:
-                if pages_for(prompt) + _row_pages(sequence) > self._pool.pages:
+            prompt = pages_for(len(group.context)) if group.shared else 0
+            for row in group.waiting:
+                if prompt + pages_for(row.most) > self._pool.pages:
                     raise UsageError(
-                        f"prompt {sequence.request} needs cache for {prompt} prompt tokens and {sequence.max_new} "
-                        f"new ones, the sampler's budget is {self._pool.pages * PAGE} tokens; "
+                        f"prompt {row.request} needs cache for {len(row.prompt_tokens)} prompt tokens and {row.max_new} "
+                        f"new ones, the sampler's budget is {self._budget} tokens; "
                         "lower max_tokens or shorten the prompt"
                     )
-
-
-def _row_pages(sequence: Sequence) -> int:
-    return pages_for(sequence.max_new - 1)  # the last token is never fed back, so nothing of it is stored

@@ -1,4 +1,4 @@
-"""What is asked of the sampler and the state of one completion in the making. No torch."""
+"""What is asked of the sampler and what it gives back. No torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import math
 import numbers
 import operator
 import secrets
-from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UsageError
 from ..types import Completion
-from .stop import StopMatcher, StopRules, decode, parse_stop
+from .stop import StopRules, parse_stop
 
 
 def derive_seed(seed: int, *indices: int) -> int:
@@ -167,143 +165,3 @@ class Finished:
             stop_reason=self.stop_reason,
             weights_version=weights_version,
         )
-
-
-@dataclass(eq=False)
-class Group:
-    """All samples of one prompt in a run: its keys and values are computed and stored once.
-
-    Attributes:
-        pages: where the prompt is stored; empty before and after.
-        computed: prompt tokens already in the cache.
-        last_hidden: (H,) hidden state of the last prompt token, from which every sample draws its first token.
-        waiting: samples not admitted yet. unfinished: samples admitted or waiting.
-    """
-
-    prompt_tokens: tuple[int, ...]
-    pages: list[int] = field(default_factory=list)
-    computed: int = 0
-    last_hidden: Any = None
-    waiting: deque[Sequence] = field(default_factory=deque)
-    unfinished: int = 0
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One sample in the making.
-
-    Args:
-        max_new: tokens it may still come to: max_tokens, or what the context leaves.
-        tokenizer: None when only tokens are wanted. stream: text is needed token by token.
-    """
-
-    group: Group
-    request: int
-    sample: int
-    params: SamplingParams
-    rules: StopRules
-    seed: int
-    max_new: int
-    tokenizer: Any = None
-    stream: bool = False
-    skip_special_tokens: bool = False
-    pages: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    stop_reason: str | None = None
-
-    def __post_init__(self) -> None:
-        # Text is followed token by token only where somebody looks at it; otherwise it is decoded once at the end.
-        follow = self.tokenizer is not None and (self.stream or bool(self.rules.stop_strings))
-        skip = self.skip_special_tokens
-        self._matcher = StopMatcher(self.rules, self.tokenizer, skip_special_tokens=skip) if follow else None
-        self._texts: list[str] = []
-
-    @property
-    def finished(self) -> bool:
-        return self.stop_reason is not None
-
-    def push(self, token: int, logprob: float) -> Delta:
-        """Add a sampled token; sets `stop_reason` when it was the last."""
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        if self._matcher is None:
-            stopped, text = token in self.rules.stop_ids, ""
-        else:
-            stopped, text = self._matcher.push(token)
-        if stopped:
-            self.stop_reason = "stop"
-        elif len(self.tokens) >= self.max_new:
-            self.stop_reason = "length"
-            text += self._matcher.finish() if self._matcher else ""
-        self._texts.append(text)
-        return Delta(self.request, self.sample, (token,), (logprob,), text)
-
-    def result(self) -> Finished:
-        assert self.stop_reason is not None, "result() of a sequence that still runs"
-        return Finished(
-            request=self.request,
-            sample=self.sample,
-            prompt_tokens=self.group.prompt_tokens,
-            tokens=tuple(self.tokens),
-            logprobs=tuple(self.logprobs),
-            text=self._text(),
-            stop_reason=self.stop_reason,
-        )
-
-    def _text(self) -> str | None:
-        if self.tokenizer is None:
-            return None
-        if self._matcher is not None:
-            return "".join(self._texts)
-        shown = self.tokens[:-1] if self.stop_reason == "stop" else self.tokens
-        return decode(self.tokenizer, shown, skip_special_tokens=self.skip_special_tokens)
-
-
-def check_ids(tokens: tuple[int, ...], *, vocab_size: int) -> None:
-    # An id past the embedding would end the whole process on CUDA.
-    if max(tokens) >= vocab_size:
-        raise UsageError(
-            f"a prompt holds token id {max(tokens)}, the model has {vocab_size}: was it encoded by another tokenizer?"
-        )
-
-
-def build_groups(
-    requests: Iterable[Request],
-    *,
-    max_positions: int,
-    vocab_size: int,
-    tokenizer: Any,
-    stream: bool,
-    skip_special_tokens: bool,
-) -> list[Group]:
-    """Requests -> groups in order of first appearance; equal prompts share one group."""
-    groups: dict[tuple[int, ...], Group] = {}
-    for index, request in enumerate(requests):
-        prompt = request.prompt_tokens
-        check_ids(prompt, vocab_size=vocab_size)
-        room = max_positions - len(prompt)
-        if room < 1:
-            raise UsageError(
-                f"prompt {index} has {len(prompt)} tokens and the model's context is {max_positions}: "
-                f"no room for an answer; shorten the prompt to {max_positions - 1} tokens or fewer"
-            )
-        if tokenizer is None and (stream or request.stop_rules.stop_strings):
-            raise UsageError("stop strings and streamed text need the tokenizer; pass tokenizer= to the run")
-        group = groups.setdefault(prompt, Group(prompt))
-        for sample in range(request.n):
-            sequence = Sequence(
-                group=group,
-                request=index,
-                sample=sample,
-                params=request.params,
-                rules=request.stop_rules,
-                seed=derive_seed(request.seed, sample),
-                max_new=min(request.params.max_tokens, room),
-                tokenizer=tokenizer,
-                stream=stream,
-                skip_special_tokens=skip_special_tokens,
-            )
-            group.waiting.append(sequence)
-            group.unfinished += 1
-    return list(groups.values())

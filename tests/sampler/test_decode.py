@@ -1,4 +1,6 @@
+import gc
 import random
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -6,7 +8,8 @@ import torch
 
 from local_tinker.errors import ModelError, UsageError
 from local_tinker.sampler.decode import Progress
-from local_tinker.sampler.scheduler import PAGE
+from local_tinker.sampler.group import PAGE
+from local_tinker.sampler.scheduler import Scheduler
 from local_tinker.sampler.sequence import Delta, Finished, Request, SamplingParams
 from local_tinker.sampler.stop import StopRules
 from tests.sampler.toy import VOCAB, ToyRoad, byte_tokenizer, engine, full_logits, full_logprobs
@@ -90,11 +93,15 @@ def test_ten_requests_through_three_rows_equal_one_by_one():
     same(flat(results), singly(road, asked))
 
 
-def test_a_full_cache_makes_rows_wait_and_loses_nothing():
+def test_a_full_cache_evicts_rows_computes_them_again_and_loses_nothing(monkeypatch):
     road = ToyRoad()
     asked = requests(10, n=3)
-    tight = engine(road, token_budget=176)  # the largest request alone takes 6 + 5 of its 11 pages
+    asked[3] = replace(asked[3], params=SamplingParams(max_tokens=150, top_k=5))
+    evicted, evict = [], Scheduler.evict
+    monkeypatch.setattr(Scheduler, "evict", lambda self: evicted.append(evict(self)))
+    tight = engine(road, token_budget=PAGE * 7, max_rows=6)  # three samples of the largest need one page more
     same(flat(tight.collect(asked, **PLAIN)), flat(engine(road).collect(asked, **PLAIN)))
+    assert evicted
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -123,12 +130,27 @@ def test_equal_prompts_are_computed_once():
     assert road.forwards == 2
 
 
-def test_a_long_run_crosses_pages_and_table_rebuilds(monkeypatch):
-    monkeypatch.setattr("local_tinker.sampler.decode._STEPS_AHEAD", 5)
+def test_a_common_beginning_of_lone_prompts_is_computed_once_and_changes_nothing():
+    road = ToyRoad(window=50)
+    beginning = prompt(100, 1)
+    asked = [
+        Request(beginning + prompt(length, 10 + length), SamplingParams(max_tokens=6), seed=length)
+        for length in (0, 1, 9, 30)
+    ] + requests(2)
+    together = flat(engine(road).collect(asked, **PLAIN))
+    first = 99 + (1 + 2 + 10 + 31)  # the shortest keeps its last token for itself
+    assert road.tokens_seen == first + sum(len(r.prompt_tokens) for r in asked[4:]) + sum(
+        len(f.tokens) - 1 for f in together
+    )
+    same(together, singly(road, asked))
+    assert [f.prompt_tokens for f in together] == [r.prompt_tokens for r in asked]
+
+
+def test_a_long_run_crosses_pages():
     road = ToyRoad(window=30)
-    asked = [Request(prompt(3 + i, i), SamplingParams(max_tokens=100 - 30 * i), seed=i) for i in range(3)]
+    asked = [Request(prompt(3 + i, i), SamplingParams(max_tokens=160 - 40 * i), seed=i) for i in range(3)]
     results = flat(engine(road).collect(asked, **PLAIN))
-    assert [len(f.tokens) for f in results] == [100, 70, 40]
+    assert [len(f.tokens) for f in results] == [160, 120, 80]
     for finished in results:
         truth = full_logprobs(road, finished.prompt_tokens, finished.tokens)
         assert finished.logprobs == pytest.approx(truth, abs=1e-5)
@@ -206,14 +228,32 @@ def _interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-def test_closing_a_run_frees_its_cache(monkeypatch):
-    freed = []
-    monkeypatch.setattr("local_tinker.sampler.kv_cache.KVCache.free", lambda self: freed.append(self.tokens))
-    events = engine(ToyRoad()).run(requests(3), **PLAIN)
-    next(events)
-    assert not freed
-    events.close()
-    assert len(freed) == 1 and freed[0] > 0
+def test_storage_is_kept_between_runs_only_where_there_is_room_for_it():
+    for room, kept in ((0, 0), (2**30, 1)):
+        sampler = engine(ToyRoad())
+        sampler.keep_bytes = room
+        events = sampler.run(requests(3), **PLAIN)
+        next(events)
+        assert sampler.kept_bytes == 0
+        events.close()
+        assert (sampler.kept_bytes > 0) == kept
+        sampler.free()
+        assert sampler.kept_bytes == 0
+
+
+def test_memory_stays_flat_over_two_hundred_runs_with_changing_adapters():
+    road = ToyRoad()
+    sampler = engine(road)
+    sampler.keep_bytes = 2**30
+    seen = []
+    for step in range(200):
+        pair = torch.full((2, 32), 0.01 * step), torch.full((32, 2), 0.01)
+        asked = [Request(prompt(5 + i, i), SamplingParams(max_tokens=2), seed=i, n=2) for i in range(step % 2 + 1)]
+        sampler.collect(asked, pairs={"layers.0.q": pair}, scale=0.2)
+        if step % 20 == 19:
+            gc.collect()
+            seen.append((sampler.kept_bytes, sum(torch.is_tensor(o) for o in gc.get_objects())))
+    assert len(set(seen[1:])) == 1
 
 
 def test_two_open_runs_do_not_disturb_each_other():
@@ -286,7 +326,7 @@ def test_a_stop_string_ends_a_row_and_leaves_its_neighbours_running():
 
 @pytest.mark.parametrize("chunk", [1, 8, 500])
 def test_prompt_log_probs_are_none_first_then_those_of_a_full_forward(chunk, monkeypatch):
-    monkeypatch.setattr("local_tinker.sampler.decode._HEAD_ROWS", 5)
+    monkeypatch.setattr("local_tinker.sampler.decode.HEAD_ROWS", 5)
     road = ToyRoad(window=9)
     tokens = prompt(33, 4)
     scores = engine(road, prefill_chunk=chunk).prompt_logprobs(tokens, **PLAIN)
@@ -299,7 +339,7 @@ def test_prompt_log_probs_are_none_first_then_those_of_a_full_forward(chunk, mon
     ("tokens", "changes", "said"),
     [
         (prompt(21, 1), {"max_positions": 20}, "context is 20"),
-        (prompt(60, 1), {"token_budget": 48}, "budget is 48"),
+        (prompt(70, 1), {"token_budget": 64}, "budget is 64"),
         ((VOCAB,), {}, f"token id {VOCAB}"),
         ((), {}, "no tokens"),
     ],

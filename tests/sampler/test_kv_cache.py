@@ -1,15 +1,21 @@
 import pytest
 import torch
 
-from local_tinker.sampler.kv_cache import CacheAttend, DecodeRows, KVCache, PromptPiece, slots_of
-from local_tinker.sampler.scheduler import PAGE, pages_for
+from local_tinker.model.kernels.decode_attention import decode_attention
+from local_tinker.model.kernels.paged import PagedRows
+from local_tinker.sampler.group import PAGE, Group, build_groups
+from local_tinker.sampler.kv_cache import DecodeAttend, KVCache, PromptAttend, places
+from local_tinker.sampler.scheduler import Piece
+from local_tinker.sampler.sequence import Request, SamplingParams
 from tests.sampler.toy import plain_causal
 
 HEADS, SHARED, WIDTH, SCALE = 4, 2, 8, 0.3
 
 
-def new_cache(tokens=4096, dtype=torch.float64):
-    return KVCache(layers=1, kv_heads=SHARED, head_dim=WIDTH, tokens=tokens, dtype=dtype, device="cpu")
+def new_cache(pages, dtype=torch.float64):
+    cache = KVCache(layers=1, kv_heads=SHARED, head_dim=WIDTH, dtype=dtype, device="cpu")
+    cache.grow(pages)
+    return cache
 
 
 def qkv(length, seed):
@@ -17,101 +23,114 @@ def qkv(length, seed):
     return tuple(torch.randn(length, h, WIDTH, generator=generator).double() for h in (HEADS, SHARED, SHARED))
 
 
-def test_storage_grows_with_the_pages_in_use_and_keeps_what_it_holds():
-    cache = new_cache()
-    assert cache.tokens == 0
-    pages = cache.pool.take(2)
-    cache.grow()
-    assert cache.tokens == 2 * PAGE
+def put(cache, pages, k, v):
+    page, place = places(pages, 0, len(k), device=cache.device)
+    cache.keys[0][page, :, place], cache.values[0][page, :, place] = k, v
+
+
+def test_storage_grows_and_keeps_what_it_holds():
+    cache = new_cache(2)
     cache.keys[0][:] = 3.0
-    cache.pool.take(3)
-    cache.grow()
-    assert cache.tokens == 5 * PAGE
-    assert cache.keys[0][: 2 * PAGE].eq(3).all() and cache.keys[0][2 * PAGE :].eq(0).all()
-    cache.pool.give(pages)
-    cache.grow()
-    assert cache.tokens == 5 * PAGE
-
-
-def test_storage_never_passes_its_budget():
-    cache = new_cache(tokens=100)
-    assert cache.pool.pages == 6
-    cache.pool.take(5)
-    cache.grow()
-    cache.pool.take(1)
-    cache.grow()
-    assert cache.tokens == 6 * PAGE
+    assert not cache.grow(2)
+    assert cache.grow(3) and cache.pages == 3
+    assert cache.keys[0][:2].eq(3).all() and cache.keys[0][2:].eq(0).all()
+    assert cache.grow(4) and cache.pages == 4
+    assert cache.nbytes == 2 * 4 * SHARED * PAGE * WIDTH * 8
+    assert cache.grow(9, keep=False) and cache.keys[0].eq(0).all()
+    cache.free()
+    assert cache.nbytes == 0 and cache.grow(1)
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 500])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("chunk", [3, 19, 200])
-def test_a_prompt_in_pieces_attends_as_one_whole(window, softcap, chunk, monkeypatch):
-    monkeypatch.setattr("local_tinker.sampler.kv_cache._SCORES_PER_CALL", 4 * 50 * 5)
-    q, k, v = qkv(50, seed=1)
-    cache = new_cache()
-    cache.pool.take(3)
-    slots = slots_of(torch.tensor(cache.pool.take(pages_for(50))))
-    cache.grow()
+@pytest.mark.parametrize("chunk", [3, 70, 200])
+def test_a_context_in_pieces_attends_as_one_whole(window, softcap, chunk):
+    length = 100
+    q, k, v = qkv(length, seed=1)
+    cache = new_cache(4)
+    group = Group(tuple(range(length)), shared=True, pages=[3, 1])
     parts = []
-    for start in range(0, 50, chunk):
-        stop = min(50, start + chunk)
-        attend = CacheAttend(cache, decode=None, pieces=[PromptPiece(0, start, stop, slots[:stop])])
+    for start in range(0, length, chunk):
+        stop = min(length, start + chunk)
+        attend = PromptAttend(cache, [Piece(group, start, stop)])
         cut = slice(start, stop)
         parts.append(attend(0, q[cut], k[cut], v[cut], scale=SCALE, window=window, softcap=softcap))
     expected = plain_causal(0, q, k, v, scale=SCALE, window=window, softcap=softcap)
     torch.testing.assert_close(torch.cat(parts), expected, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("window", [None, 1, 9, 30])
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_row_computed_again_sees_the_shared_prompt_and_pieces_beside_it_do_not(window):
+    asked = Request(tuple(range(70)), SamplingParams(max_tokens=90), seed=0, n=2)
+    (group,) = build_groups(
+        [asked], max_positions=500, vocab_size=500, tokenizer=None, stream=False, skip_special_tokens=False
+    )
+    row = group.waiting[0]
+    row.tokens = list(range(20))
+    row.restart()
+    group.pages, row.pages = [2, 5], [4]
+    other = Group(tuple(range(9)), shared=True, pages=[1])
+    cache = new_cache(6)
+    one, two = qkv(90, seed=1), qkv(9, seed=2)
+    put(cache, group.pages, one[1][:70], one[2][:70])
+    mixed = [torch.cat([b, a[70:]]) for a, b in zip(one, two, strict=True)]
+    out = PromptAttend(cache, [Piece(other, 0, 9), Piece(row, 0, 20)])(
+        0, *mixed, scale=SCALE, window=window, softcap=None
+    )
+    for got, parts in ((out[:9], two), (out[9:], one)):
+        expected = plain_causal(0, *parts, scale=SCALE, window=window, softcap=None)[-len(got) :]
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 1, 9, 75])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("keys_per_call", [1, 100, 2**15])
-def test_decoding_rows_attend_over_the_shared_prompt_and_their_own_tokens(window, softcap, keys_per_call, monkeypatch):
-    monkeypatch.setattr("local_tinker.sampler.kv_cache._KEYS_PER_CALL", keys_per_call)
-    prompt_lens, prompt_of, stored = [5, 40], [1, 0, 1, 1], [0, 17, 3, 30]
-    cache = new_cache()
-    prompts = [(cache.pool.take(pages_for(n)), n) for n in prompt_lens]
-    suffixes = [cache.pool.take(pages_for(n + 10)) for n in stored]
-    cache.grow()
-    whole = [qkv(n, seed=n) for n in prompt_lens]
-    for (pages, n), (_, k, v) in zip(prompts, whole, strict=True):
-        cache.keys[0][slots_of(torch.tensor(pages))[:n]] = k
-        cache.values[0][slots_of(torch.tensor(pages))[:n]] = v
+@pytest.mark.parametrize("readers", [1, 2, 8])
+def test_decoding_rows_attend_over_the_shared_prompt_and_their_own_tokens(window, softcap, readers):
+    prompts, prompt_of, stored = [5, 80], [1, 0, 1, 1, None], [0, 17, 70, 30, 66]
+    own = [[8], [9], [10, 2], [11, 3], [12, 4]]
+    shared = [[7], [6, 5]]
+    cache = new_cache(13)
+    whole = [qkv(n, seed=n) for n in prompts]
+    for pages, (_, k, v) in zip(shared, whole, strict=True):
+        put(cache, pages, k, v)
     rows = []
     for row, (group, n) in enumerate(zip(prompt_of, stored, strict=True)):
-        own = qkv(n + 4, seed=100 + row)
-        rows.append([torch.cat([shared, mine]) for shared, mine in zip(whole[group], own, strict=True)])
-        slots = slots_of(torch.tensor(suffixes[row]))[:n]
-        cache.keys[0][slots], cache.values[0][slots] = own[1][:n], own[2][:n]
-    decode = DecodeRows(
-        prompts=prompts, prompt_of=prompt_of, suffixes=suffixes, suffix_lens=stored, steps=4, device=cache.device
+        mine = qkv(n + 4, seed=100 + row)
+        before = whole[group] if group is not None else qkv(0, seed=0)
+        rows.append([torch.cat(parts) for parts in zip(before, mine, strict=True)])
+        put(cache, own[row], mine[1][:n], mine[2][:n])
+    segments = [(1, part) for part in ([0, 2, 3][i : i + readers] for i in range(0, 3, readers))] + [(0, [1])]
+    prefix = torch.tensor([0 if g is None else prompts[g] for g in prompt_of], dtype=torch.int32)
+    paged = PagedRows(
+        own_pages=torch.tensor([[*pages, 0][:2] for pages in own], dtype=torch.int32),
+        own_length=torch.tensor(stored, dtype=torch.int32) + 1,
+        prefix_length=prefix,
+        prefix_pages=torch.tensor([[*shared[g], 0][:2] for g, _ in segments], dtype=torch.int32),
+        readers=torch.tensor([[*part, *[-1] * (readers - len(part))] for _, part in segments], dtype=torch.int32),
+        own_split=64,
+        prefix_split=128,
+        own_most=128,
+        prefix_most=128,
     )
     for step in range(4):
-        at = [prompt_lens[group] + n + step for group, n in zip(prompt_of, stored, strict=True)]
-        q, k, v = (torch.stack([rows[r][part][at[r]] for r in range(4)]) for part in range(3))
-        attend = CacheAttend(cache, decode=decode, pieces=[])
-        out = attend(0, q, k, v, scale=SCALE, window=window, softcap=softcap)
-        for r in range(4):
+        at = [(0 if g is None else prompts[g]) + n + step for g, n in zip(prompt_of, stored, strict=True)]
+        q, k, v = (torch.stack([rows[r][part][at[r]] for r in range(5)]) for part in range(3))
+        out = DecodeAttend(cache, paged)(0, q, k, v, scale=SCALE, window=window, softcap=softcap)
+        for r in range(5):
             seen = [part[: at[r] + 1] for part in rows[r]]
             expected = plain_causal(0, *seen, scale=SCALE, window=window, softcap=softcap)[-1]
             torch.testing.assert_close(out[r], expected, atol=1e-12, rtol=0)
-        decode.advance()
-    assert decode.steps_left == 0
+        paged.own_length.add_(1)
 
 
 def test_half_precision_decoding_is_summed_in_fp32():
     q, k, v = (t.bfloat16() for t in qkv(60, seed=3))
-    cache = new_cache(dtype=torch.bfloat16)
-    prompt, own = cache.pool.take(4), cache.pool.take(1)
-    cache.grow()
-    slots = slots_of(torch.tensor(prompt))[:59]
-    cache.keys[0][slots], cache.values[0][slots] = k[:59], v[:59]
-    decode = DecodeRows(
-        prompts=[(prompt, 59)], prompt_of=[0], suffixes=[own], suffix_lens=[0], steps=1, device=cache.device
+    cache = new_cache(2, dtype=torch.bfloat16)
+    put(cache, [1], k, v)
+    paged = PagedRows(
+        torch.tensor([[1]]), torch.tensor([60]), torch.tensor([0]), None, None, 64, 64, own_most=64, prefix_most=64
     )
-    out = CacheAttend(cache, decode=decode, pieces=[])(
-        0, q[59:], k[59:], v[59:], scale=SCALE, window=None, softcap=None
-    )
+    out = decode_attention(q[59:], cache.keys[0], cache.values[0], paged, scale=SCALE).view(1, HEADS, WIDTH)
     exact = plain_causal(0, q.double(), k.double(), v.double(), scale=SCALE, window=None, softcap=None)[59:]
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, exact.bfloat16(), atol=2e-3, rtol=2**-8)

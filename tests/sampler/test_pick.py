@@ -3,8 +3,11 @@ import math
 import pytest
 import torch
 
-from local_tinker.sampler.pick import PickSettings, philox_4x32, pick, uniforms
+from local_tinker.model.kernels.draw import BLOCK, gumbel, philox_4x32
+from local_tinker.sampler.pick import NO_TOP_K
+from local_tinker.sampler.rows import DeviceRows
 from local_tinker.sampler.sequence import SamplingParams, derive_seed
+from local_tinker.sampler.workspace import pick as pick_rows
 
 
 def philox_by_hand(counter, key):
@@ -38,19 +41,40 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, answer):
     assert philox_by_hand(counter, key) == answer
 
 
-def test_uniforms_are_53_philox_bits_of_seed_and_position():
-    seeds, positions = [0, 1, 2**40 + 7, 2**63 - 1], [0, 5, 2**33 + 3, 9]
-    got = uniforms(torch.tensor(seeds), torch.tensor(positions)).tolist()
-    for seed, position, value in zip(seeds, positions, got, strict=True):
-        first, second, *_ = philox_by_hand([position % 2**32, position >> 32, 0, 0], [seed % 2**32, seed >> 32])
-        assert value == ((first >> 5) * 2**26 + (second >> 6)) / 2**53
-        assert 0 <= value < 1
+def pick(logits, params, *, seeds=None, numbers=None, filtered=True):
+    """Tokens and log-probs of rows with these settings; seeds and token numbers count up where not given."""
+    count = logits.shape[0]
+    state = DeviceRows(count, torch.device("cpu")).state
+    params = params if isinstance(params, list) else [params] * count
+    for name, default in (("temperature", 1.0), ("top_p", 1.0), ("min_p", 0.0), ("top_k", NO_TOP_K)):
+        values = [getattr(p, name) or (default if name == "top_k" else 0.0) for p in params]
+        getattr(state, name).copy_(torch.tensor(values))
+    state.seed.copy_(torch.arange(count) if seeds is None else torch.as_tensor(seeds))
+    state.number.copy_(torch.zeros(count) if numbers is None else torch.as_tensor(numbers))
+    return pick_rows(logits, state, filtered=filtered)
 
 
-def test_uniforms_are_flat_over_positions_and_over_seeds():
+def test_noise_is_gumbel_of_philox_words_of_seed_number_level_and_index():
+    seeds, numbers, index = [0, 2**40 + 7, 2**63 - 1], [0, 5, 2**31 - 1], [0, 1, 49151, 128255]
+    for level in (0, 1):
+        got = gumbel(torch.tensor(seeds), torch.tensor(numbers), torch.tensor(index), level=level)
+        for row, (seed, number) in enumerate(zip(seeds, numbers, strict=True)):
+            for column, i in enumerate(index):
+                word, *_ = philox_by_hand([i, number, level, 0], [seed % 2**32, seed >> 32])
+                exact = -math.log(-math.log1p(-(word + 0.5) / 2**32))
+                assert got[row, column].item() == pytest.approx(exact, abs=2e-5)
+
+
+def test_noise_has_the_gumbel_distribution_over_indices_numbers_and_seeds():
     count = torch.arange(100_000)
-    for draws in (uniforms(torch.full_like(count, 11), count), uniforms(count, torch.zeros_like(count))):
-        observed = torch.histc(draws, 100, 0, 1)
+    one = torch.zeros(1, dtype=torch.int64)
+    for noise in (
+        gumbel(one + 11, one, count, level=0),
+        gumbel(one.expand(100_000), count, one, level=0),
+        gumbel(count, one.expand(100_000), one, level=1),
+    ):
+        uniform = torch.exp(-torch.exp(-noise.flatten().double()))
+        observed = torch.histc(uniform, 100, 0, 1)
         assert chi_square_p(observed, torch.full((100,), 1000.0)) > 1e-4
 
 
@@ -107,20 +131,34 @@ SETTINGS = {
 def test_draws_follow_the_processed_distribution(name):
     params, draws = SamplingParams(**SETTINGS[name]), 50_000
     logits = torch.randn(30, generator=torch.Generator().manual_seed(5)) * 2
-    index = torch.arange(draws)
-    settings = PickSettings.stack([params] * draws, device="cpu")
-    tokens, _ = pick(logits.expand(draws, -1), uniforms(torch.full_like(index, 17), index), settings)
+    tokens, _ = pick(logits.expand(draws, -1), params, seeds=torch.full((draws,), 17), numbers=torch.arange(draws))
     expected = torch.tensor(processed(logits.tolist(), params)).double()
     observed = torch.bincount(tokens, minlength=30)
     assert observed[expected == 0].sum() == 0
     assert chi_square_p(observed[expected > 0], expected[expected > 0] * draws) > 1e-4
 
 
+def test_draws_follow_the_distribution_across_blocks_of_the_vocabulary():
+    vocab, draws = 2 * BLOCK + 300, 20_000
+    logits = torch.full((vocab,), -20.0)
+    chosen = torch.tensor([0, 5, BLOCK - 1, BLOCK, BLOCK + 9, 2 * BLOCK, vocab - 1])
+    logits[chosen] = torch.tensor([1.0, 0.0, 2.0, 1.5, -1.0, 0.5, 1.2])
+    tokens = torch.cat(
+        [
+            pick(logits.expand(2000, -1), SamplingParams(), seeds=torch.arange(2000) + i, filtered=False)[0]
+            for i in range(0, draws, 2000)
+        ]
+    )
+    expected = torch.softmax(logits[chosen].double(), 0) * draws
+    observed = (tokens[:, None] == chosen).sum(0)
+    assert observed.sum() >= draws - 2
+    assert chi_square_p(observed, expected) > 1e-4
+
+
 def test_log_probs_are_of_the_full_untempered_distribution_whatever_the_settings():
     rows = [SamplingParams(**changes) for changes in (*SETTINGS.values(), {"temperature": 0.0})]
-    logits = torch.randn(len(rows), 50, generator=torch.Generator().manual_seed(1)) * 4 + 300
-    uniform = uniforms(torch.arange(len(rows)), torch.zeros(len(rows), dtype=torch.int64))
-    tokens, logprobs = pick(logits, uniform, PickSettings.stack(rows, device="cpu"))
+    logits = torch.randn(len(rows), 1500, generator=torch.Generator().manual_seed(1)) * 4 + 300
+    tokens, logprobs = pick(logits, rows)
     for row, token in enumerate(tokens.tolist()):
         values = [x - 300 for x in logits[row].tolist()]
         truth = values[token] - math.log(sum(math.exp(x) for x in values))
@@ -130,8 +168,7 @@ def test_log_probs_are_of_the_full_untempered_distribution_whatever_the_settings
 def test_temperature_zero_takes_the_most_likely_token_whatever_else_is_set():
     logits = torch.randn(40, 64, generator=torch.Generator().manual_seed(2))
     params = [SamplingParams(temperature=0, top_p=0.3, top_k=2, min_p=0.5, seed=i) for i in range(40)]
-    uniform = uniforms(torch.arange(40), torch.zeros(40, dtype=torch.int64))
-    tokens, logprobs = pick(logits, uniform, PickSettings.stack(params, device="cpu"))
+    tokens, logprobs = pick(logits, params)
     assert tokens.tolist() == [max(range(64), key=row.__getitem__) for row in logits.tolist()]
     assert torch.isfinite(logprobs).all() and (logprobs < 0).all()
 
@@ -139,57 +176,44 @@ def test_temperature_zero_takes_the_most_likely_token_whatever_else_is_set():
 def test_nearly_zero_temperature_neither_overflows_nor_leaves_the_best_token():
     logits = torch.tensor([[1e4, -1e4, 9.9e3, float("-inf")]])
     for temperature in (1e-30, 1e-7, 1e-3):
-        tokens, logprobs = pick(
-            logits,
-            torch.tensor([0.999]).double(),
-            PickSettings.stack([SamplingParams(temperature=temperature)], device="cpu"),
-        )
+        tokens, logprobs = pick(logits, SamplingParams(temperature=temperature))
         assert tokens.tolist() == [0] and logprobs.tolist() == [0.0]
 
 
-def test_the_largest_and_the_smallest_uniform_never_take_an_impossible_token():
-    logits = torch.tensor([[float("-inf"), 0.3, 1.0, float("-inf"), 0.1, float("-inf")]])
-    for uniform, token in ((0.0, 1), (1 - 2**-53, 4)):
-        drawn, logprob = pick(
-            logits, torch.tensor([uniform]).double(), PickSettings.stack([SamplingParams()], device="cpu")
-        )
-        assert drawn.tolist() == [token] and math.isfinite(logprob.item())
+def test_impossible_tokens_are_never_taken():
+    logits = torch.tensor([[float("-inf"), 0.3, 1.0, float("-inf"), 0.1, float("-inf")]]).expand(5000, -1)
+    for filtered in (False, True):
+        drawn, logprob = pick(logits, SamplingParams(), filtered=filtered)
+        assert set(drawn.tolist()) == {1, 2, 4} and torch.isfinite(logprob).all()
 
 
 def test_top_k_keeps_exactly_k_of_equal_tokens_the_lowest_ids_first():
-    logits = torch.zeros(1000, 8)
-    uniform = uniforms(torch.arange(1000), torch.zeros(1000, dtype=torch.int64))
-    tokens, _ = pick(logits, uniform, PickSettings.stack([SamplingParams(top_k=3)] * 1000, device="cpu"))
+    tokens, _ = pick(torch.zeros(1000, 8), SamplingParams(top_k=3))
     assert set(tokens.tolist()) == {0, 1, 2}
 
 
 def test_top_p_keeps_the_token_that_reaches_the_share():
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().expand(2000, -1)
-    uniform = uniforms(torch.arange(2000), torch.zeros(2000, dtype=torch.int64))
     for top_p, kept in ((0.4, {0}), (0.6, {0, 1}), (0.8, {0, 1, 2}), (0.99, {0, 1, 2, 3})):
-        tokens, _ = pick(logits, uniform, PickSettings.stack([SamplingParams(top_p=top_p)] * 2000, device="cpu"))
+        tokens, _ = pick(logits, SamplingParams(top_p=top_p))
         assert set(tokens.tolist()) == kept
 
 
 def test_a_row_draws_the_same_beside_any_neighbours():
     rows = [SamplingParams(**changes) for changes in (*SETTINGS.values(), {"temperature": 0.0})] * 3
-    logits = torch.randn(len(rows), 300, generator=torch.Generator().manual_seed(3))
-    uniform = uniforms(torch.arange(len(rows)), torch.full((len(rows),), 4))
-    together, logprobs = pick(logits, uniform, PickSettings.stack(rows, device="cpu"))
+    logits = torch.randn(len(rows), 1300, generator=torch.Generator().manual_seed(3))
+    together, logprobs = pick(logits, rows, numbers=[4] * len(rows))
     for i, params in enumerate(rows):
-        alone, logprob = pick(logits[i : i + 1], uniform[i : i + 1], PickSettings.stack([params], device="cpu"))
+        alone, logprob = pick(logits[i : i + 1], params, seeds=[i], numbers=[4], filtered=params.filtered)
         assert alone.item() == together[i].item()
         assert logprob.item() == pytest.approx(logprobs[i].item(), abs=1e-6)
 
 
-def test_large_vocabularies_are_cut_into_row_blocks_without_a_trace(monkeypatch):
-    monkeypatch.setattr("local_tinker.sampler.pick._CELLS", 2500)
+def test_large_vocabularies_are_filtered_in_row_blocks_without_a_trace(monkeypatch):
     logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(4)) * 3
     params = [SamplingParams(top_k=5 if i == 4 else None) for i in range(5)]
-    uniform = uniforms(torch.arange(5), torch.zeros(5, dtype=torch.int64))
-    tokens, logprobs = pick(logits, uniform, PickSettings.stack(params, device="cpu"))
-    alone, logprob = pick(logits[4:], uniform[4:], PickSettings.stack(params[4:], device="cpu"))
-    assert tokens[4] == alone[0] and logprobs[4] == logprob[0]
-    assert tokens[4] in logits[4].topk(5).indices
-    cdf = torch.softmax(logits[2].double(), -1).cumsum(0)
-    assert cdf[tokens[2] - 1] < uniform[2] < cdf[tokens[2]]
+    whole = pick(logits, params)
+    monkeypatch.setattr("local_tinker.sampler.pick._CELLS", 2500)
+    cut = pick(logits, params)
+    assert torch.equal(whole[0], cut[0]) and torch.equal(whole[1], cut[1])
+    assert whole[0][4] in logits[4].topk(5).indices

@@ -3,16 +3,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from local_tinker.errors import UsageError
-from local_tinker.sampler.scheduler import PAGE, PagePool, Scheduler
-from local_tinker.sampler.sequence import Request, SamplingParams, build_groups
+from local_tinker.sampler.group import PAGE, build_groups
+from local_tinker.sampler.scheduler import PagePool, Scheduler
+from local_tinker.sampler.sequence import Request, SamplingParams
 
 
-def scheduler(requests, *, pages=100, max_rows=8, chunk=64):
+def scheduler(requests, *, pages=100, max_rows=8, chunk=64, **options):
     groups = build_groups(
         requests, max_positions=10_000, vocab_size=10**6, tokenizer=None, stream=False, skip_special_tokens=False
     )
     pool = PagePool(pages)
-    return Scheduler(groups, pool=pool, max_rows=max_rows, prefill_chunk=chunk), pool
+    return Scheduler(groups, pool=pool, max_rows=max_rows, prefill_chunk=chunk, **options), pool
 
 
 def prompt(length, first=0):
@@ -26,77 +27,142 @@ def ask(length, new, *, n=1, first=0):
 def test_low_pages_go_out_first_and_again():
     pool = PagePool(8)
     first, second = pool.take(3), pool.take(2)
-    assert (first, second, pool.free, pool.touched) == ([0, 1, 2], [3, 4], 3, 5)
+    assert (first, second, pool.free, pool.touched) == ([1, 2, 3], [4, 5], 3, 6)  # page 0 is nobody's
     pool.give(first)
-    assert pool.take(4) == [0, 1, 2, 5]
-    assert pool.touched == 6
+    assert pool.take(4) == [1, 2, 3, 6]
+    assert pool.touched == 7
 
 
-def test_a_group_takes_its_prompt_once_and_room_for_each_sample():
-    plan, pool = scheduler([ask(PAGE + 1, PAGE + 2, n=3)])
-    plan.plan()
-    # 2 pages of prompt; each sample stores all its tokens but the last: 17, so 2 pages
+def compute(plan):
+    """Admit and compute everything that can be; rows that are ready take their slots."""
+    while pieces := plan.plan():
+        for piece in pieces:
+            if piece.stop == len(piece.owner.context):
+                piece.owner.last_hidden = "computed"
+    plan.entering()
+
+
+def test_a_group_takes_its_prompt_once_and_pages_as_its_samples_grow():
+    plan, pool = scheduler([ask(PAGE + 1, 3 * PAGE, n=3)])
+    compute(plan)
+    assert 100 - pool.free == 2 + 3 * 1
+    for _ in range(PAGE):
+        assert plan.reserve(1)
+    assert 100 - pool.free == 2 + 3 * 1
+    assert plan.reserve(1)
     assert 100 - pool.free == 2 + 3 * 2
     assert len(plan.rows) == 3
 
 
+def test_a_lone_sample_keeps_its_prompt_among_its_own_pages():
+    plan, pool = scheduler([ask(PAGE - 1, 3)])
+    compute(plan)
+    assert 100 - pool.free == 1
+    assert plan.reserve(2)  # the last of its 3 tokens is never stored
+    assert 100 - pool.free == 2
+    assert plan.rows[0].exhausted
+
+
 def test_prompts_are_cut_and_packed_to_the_chunk():
     plan, _ = scheduler([ask(50, 1), ask(30, 1, first=100), ask(5, 1, first=200)], chunk=64)
-    cuts = [[(p.group.prompt_tokens[0], p.start, p.stop) for p in plan.plan()] for _ in range(3)]
-    assert cuts == [[(0, 0, 50), (100, 0, 14)], [(100, 14, 30), (200, 0, 5)], []]
+    cuts = [[(p.owner.context[0], p.start, p.stop) for p in plan.plan()] for _ in range(3)]
+    # 100 goes whole into the second forward; a piece that continues another is slower
+    assert cuts == [[(0, 0, 50)], [(100, 0, 30), (200, 0, 5)], []]
+
+
+def test_a_context_longer_than_the_chunk_is_cut():
+    plan, _ = scheduler([ask(50, 1), ask(130, 1, first=100)], chunk=64)
+    cuts = [[(p.owner.context[0], p.start, p.stop) for p in plan.plan()] for _ in range(4)]
+    assert cuts == [[(0, 0, 50), (100, 0, 14)], [(100, 14, 78)], [(100, 78, 130)], []]
+
+
+def test_contexts_are_computed_one_by_one_where_results_must_not_depend_on_others():
+    plan, pool = scheduler([ask(50, 80), ask(3, 1, first=100)], chunk=64, alone=True)
+    assert [len(plan.plan()) for _ in range(3)] == [1, 1, 0]
+    assert 100 - pool.free == 3 + 1  # all a row may come to at once: it is never evicted
 
 
 def test_samples_wait_for_a_free_row_in_order():
     plan, _ = scheduler([ask(4, 5, n=2), ask(4, 5, n=2, first=50)], max_rows=3)
-    plan.plan()
-    assert [(r.request, r.sample) for r in plan.rows] == [(0, 0), (0, 1), (1, 0)]
+    compute(plan)
+    assert [(r.request, r.sample, r.slot) for r in plan.rows] == [(0, 0, 0), (0, 1, 1), (1, 0, 2)]
     plan.release([plan.rows[1]])
-    plan.plan()
-    assert [(r.request, r.sample) for r in plan.rows] == [(0, 0), (1, 0), (1, 1)]
+    compute(plan)
+    assert [(r.request, r.sample, r.slot) for r in plan.rows] == [(0, 0, 0), (1, 0, 2), (1, 1, 1)]
 
 
-def test_samples_wait_for_free_pages_and_the_prompt_stays_until_the_last():
-    plan, pool = scheduler([ask(PAGE, PAGE + 1, n=3)], pages=3)
-    for left in (3, 2, 1):
-        plan.plan()
-        assert plan.unfinished and len(plan.rows) == min(2, left)
-        plan.release([plan.rows[0]])
-    assert not plan.unfinished and pool.free == 3
+def test_new_rows_wait_until_some_slots_are_free_but_not_when_nothing_runs():
+    plan, _ = scheduler([ask(4, 5, first=10 * i) for i in range(7)], max_rows=4, admit_at=2)
+    compute(plan)
+    plan.release(plan.rows[:1])
+    compute(plan)
+    assert len(plan.rows) == 3
+    plan.release(plan.rows[:1])
+    compute(plan)
+    assert len(plan.rows) == 4
+    plan.release(plan.rows)
+    compute(plan)
+    assert len(plan.rows) == 1
+
+
+def test_without_pages_the_youngest_waits_and_comes_back_with_its_tokens():
+    plan, pool = scheduler([ask(4, 200, n=2), ask(PAGE, 200, first=50)], pages=8, max_rows=3)
+    compute(plan)
+    young = plan.rows[-1]
+    for row in plan.rows:
+        for token in range(3):
+            row.push(7 + token, -1.0)
+    while plan.reserve(PAGE):
+        pass
+    assert plan.evict() == 2
+    assert young.pages == [] and young.slot is None and plan.waiting
+    assert list(young.context) == [*prompt(PAGE, 50), 7, 8, 9]
+    plan.release(plan.rows)
+    compute(plan)
+    assert plan.rows == [young] and young.slot == 0 and young.last_hidden == "computed"
 
 
 def test_a_request_larger_than_the_whole_budget_is_refused_with_both_numbers():
-    with pytest.raises(UsageError, match=r"prompt 1 .* 40 prompt tokens and 30 new ones.* budget is 64 tokens"):
-        scheduler([ask(4, 4), ask(40, 30, first=9)], pages=4)
+    with pytest.raises(UsageError, match=r"prompt 1 .* 100 prompt tokens and 130 new ones.* budget is 192 tokens"):
+        scheduler([ask(4, 4), ask(100, 130, first=9)], pages=3)
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 4), st.integers(0, 3)), max_size=8),
+    st.lists(st.tuples(st.integers(1, 150), st.integers(1, 150), st.integers(1, 4), st.integers(0, 3)), max_size=8),
     st.integers(6, 12),
     st.integers(1, 5),
-    st.integers(1, 50),
+    st.integers(1, 90),
+    st.integers(1, 40),
     st.randoms(use_true_random=False),
 )
-def test_everything_runs_once_within_the_budget_whatever_finishes_first(asked, pages, max_rows, chunk, random):
+def test_everything_runs_once_within_the_budget_whatever_finishes_first(asked, pages, max_rows, chunk, steps, random):
     plan, pool = scheduler(
         [ask(length, new, n=n, first=first) for length, new, n, first in asked],
         pages=pages,
         max_rows=max_rows,
         chunk=chunk,
     )
-    done, steps = [], 0
+    done, rounds = [], 0
     while plan.unfinished:
-        pieces = plan.plan()
-        assert sum(p.stop - p.start for p in pieces) <= chunk
+        compute(plan)
         assert len(plan.rows) <= max_rows
+        while not plan.reserve(steps):
+            plan.evict()
         held = [page for row in plan.rows for page in row.pages]
         held += [page for group in {id(r.group): r.group for r in plan.rows}.values() for page in group.pages]
-        assert len(held) == len(set(held)) <= pages
-        ready = [r for r in plan.rows if r.group.computed == len(r.group.prompt_tokens)]
-        over = [r for r in ready if random.random() < 0.5]
+        assert len(held) == len(set(held)) <= pages and 0 not in held
+        slots = [row.slot for row in plan.decoding]
+        assert len(slots) == len(set(slots))
+        over = [r for r in plan.decoding if r.exhausted or random.random() < 0.3]
+        for row in plan.decoding:
+            row.extend(
+                [1] * min(steps, row.max_new - len(row.tokens) - 1),
+                [-1.0] * min(steps, row.max_new - len(row.tokens) - 1),
+            )
         done += [(r.request, r.sample) for r in over]
         plan.release(over)
-        steps += 1
-        assert steps < 2000
+        rounds += 1
+        assert rounds < 2000
     assert sorted(done) == [(i, s) for i, (_, _, n, _) in enumerate(asked) for s in range(n)]
     assert pool.free == pages

@@ -7,6 +7,7 @@ the definition anywhere else. Rounding points are the definition's, so that the 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -17,6 +18,17 @@ try:
     import triton.language as tl
 except ImportError:  # no package for this platform, or not installed: definitions alone
     triton = tl = None
+
+
+def jit(function: Callable) -> Callable:
+    """triton.jit; without Triton the source stays as it is, and `triton_ready` keeps it from being called."""
+    return function if triton is None else triton.jit(function)
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is n or more."""
+    return max(least, 1 << max(0, n - 1).bit_length())
+
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 

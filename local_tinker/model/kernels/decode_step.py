@@ -1,0 +1,358 @@
+"""The small steps between the matrix products of a decoding step: residual + norm, rotary + cache write, gated MLP.
+
+Each takes the low-rank part of the product before it along, so that an adapter costs no pass of its own: the product of
+[W; A] gives y and t = A x in one, and s B t is added where y is read anyway. Rounding points are those of `model.layer`.
+
+Shapes: B rows, H hidden, O outputs, R rank (padded to 16 or more), F intermediate, Hq / Hkv heads, D head width, J
+rotated pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import jit, power_of_two, tl, triton_ready
+from .norm import rms_norm
+from .paged import PagedRows, StepPlaces
+from .rope import rotate
+from .swiglu import ACTIVATIONS
+
+NORMS = {"round_then_scale": 0, "scale_then_round": 1, "one_plus": 2}
+GATES = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """What an adapter adds to y (B, O): s * B t.
+
+    Attributes:
+        thin: (B, parts * R), t of each part side by side. up: (O, R), the B of the parts under each other; zeros where
+            a part has no adapter. edges: outputs before each part, O at the end.
+    """
+
+    thin: Tensor
+    up: Tensor
+    scale: float
+    edges: tuple[int, ...]
+
+    def add_to(self, y: Tensor) -> Tensor:
+        """y + s B t, with one rounding, as `model.lora` adds it."""
+        rank = self.up.shape[1]
+        for part in range(len(self.edges) - 1):
+            cut = slice(self.edges[part], self.edges[part + 1])
+            thin = self.thin[:, part * rank : (part + 1) * rank]
+            y[:, cut] = torch.addmm(y[:, cut], thin, self.up[cut].t(), alpha=self.scale)
+        return y
+
+
+def add_norm(
+    x: Tensor | None,
+    residual: Tensor,
+    after: Tensor | None,
+    before: Tensor | None,
+    *,
+    eps: float,
+    kind: str,
+) -> Tensor:
+    """residual += norm(x; after) in place, then norm(residual; before) (B, H). A weight of None leaves its norm out,
+    an x of None the addition."""
+    if x is not None and triton_ready(residual.device.type) and residual.dtype != torch.float64:
+        return _add_norm_triton(x, residual, after, before, eps, kind)
+    return add_norm_reference(x, residual, after, before, eps=eps, kind=kind)
+
+
+def add_norm_reference(x, residual, after, before, *, eps, kind):
+    """`add_norm` in torch operations."""
+    if x is not None:
+        residual += x if after is None else rms_norm(x, after, eps, kind)
+    return residual if before is None else rms_norm(residual, before, eps, kind)
+
+
+def _add_norm_triton(x, residual, after, before, eps, kind):
+    rows, hidden = residual.shape
+    out = torch.empty_like(residual)
+    _add_norm[(rows,)](
+        x, residual, residual if after is None else after, residual if before is None else before, out, hidden, eps,
+        x.stride(0), AFTER=after is not None, BEFORE=before is not None, KIND=NORMS[kind], BLOCK=power_of_two(hidden),
+        num_warps=8 if hidden >= 2048 else 4,
+    )  # fmt: skip
+    return out
+
+
+@jit
+def _scaled_norm(f, W, c, inside, hidden, eps, KIND: tl.constexpr, TYPE: tl.constexpr):
+    w = tl.load(W + c, mask=inside, other=0.0).to(tl.float32)
+    n = f * tl.rsqrt(tl.sum(f * f, axis=0) / hidden + eps)
+    if KIND == 0:
+        n = n.to(TYPE).to(tl.float32) * w
+    elif KIND == 1:
+        n = n * w
+    else:
+        n = n * (1.0 + w)
+    return n.to(TYPE)
+
+
+@jit
+def _add_norm(
+    X, RESIDUAL, AFTER_W, BEFORE_W, OUT, hidden, eps, x_stride, AFTER: tl.constexpr, BEFORE: tl.constexpr,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    inside = c < hidden
+    kind: tl.constexpr = RESIDUAL.dtype.element_ty
+    r = tl.load(RESIDUAL + row * hidden + c, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(X + row * x_stride + c, mask=inside, other=0.0).to(tl.float32)
+    if AFTER:
+        x = _scaled_norm(x, AFTER_W, c, inside, hidden, eps, KIND, kind).to(tl.float32)
+    r = (r + x).to(kind)
+    tl.store(RESIDUAL + row * hidden + c, r, mask=inside)
+    if BEFORE:
+        r = _scaled_norm(r.to(tl.float32), BEFORE_W, c, inside, hidden, eps, KIND, kind)
+    tl.store(OUT + row * hidden + c, r, mask=inside)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadNorms:
+    """RMSNorm over each query and key head before the rotation (D,)."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
+    kind: str
+
+
+def rope_write(
+    y: Tensor,
+    angles: tuple[Tensor, Tensor] | None,
+    keys: Tensor,
+    values: Tensor,
+    rows: PagedRows,
+    *,
+    heads: int,
+    low_rank: LowRank | None = None,
+    norms: HeadNorms | None = None,
+) -> Tensor:
+    """The packed projection y (B, >= (Hq + 2 Hkv) D) -> rotated queries (B, Hq, D); keys and values go to their page.
+
+    Args:
+        angles: cos and sin (B, J), or None for a layer without rotation. keys, values: (pages, Hkv, PAGE, D).
+        rows: `own_length` counts this step's token already, which is stored at the last place.
+    """
+    width = keys.shape[-1]
+    whole = angles is None or angles[0].shape[-1] * 2 == width
+    if triton_ready(y.device.type) and y.dtype != torch.float64 and whole and width == power_of_two(width, 16):
+        return _rope_write_triton(y, angles, keys, values, rows, heads, low_rank, norms)
+    return rope_write_reference(y, angles, keys, values, rows, heads=heads, low_rank=low_rank, norms=norms)
+
+
+def rope_write_reference(y, angles, keys, values, rows, *, heads, low_rank=None, norms=None):
+    """`rope_write` in torch operations."""
+    width = keys.shape[-1]
+    shared = keys.shape[1]
+    y = y[:, : (heads + 2 * shared) * width]
+    if low_rank is not None:
+        y = low_rank.add_to(y)
+    y = y.view(y.shape[0], -1, width) if y.is_contiguous() else y.reshape(y.shape[0], -1, width)
+    if norms is not None:
+        q, k = (
+            rms_norm(y[:, cut], weight, norms.eps, norms.kind)
+            for cut, weight in ((slice(heads), norms.q), (slice(heads, heads + shared), norms.k))
+        )
+        turned = torch.cat([q, k], 1)
+    else:
+        turned = y[:, : heads + shared]
+    if angles is not None:
+        turned = rotate(turned, angles[0][:, None], angles[1][:, None])
+    step = rows.step if rows.step is not None else StepPlaces.of(rows, keys)
+    for cache, new in ((keys, turned[:, heads:]), (values, y[:, heads + shared :])):
+        cache.view(-1, width).index_copy_(0, step.write, new.reshape(-1, width))
+    return turned[:, :heads]
+
+
+def _rope_write_triton(y, angles, keys, values, rows, heads, low_rank, norms):
+    count, width, shared = y.shape[0], keys.shape[-1], keys.shape[1]
+    out = torch.empty(count, heads, width, dtype=y.dtype, device=y.device)
+    parts = 0 if low_rank is None else len(low_rank.edges) - 1
+    cos, sin = (y, y) if angles is None else angles
+    _rope_write[(-(-count // 16), heads + 2 * shared)](
+        y, y if low_rank is None else low_rank.thin, y if low_rank is None else low_rank.up,
+        y if norms is None else norms.q, y if norms is None else norms.k, cos, sin, out, keys, values, rows.own_pages,
+        rows.own_length, count, y.stride(0), 0 if low_rank is None else low_rank.thin.stride(0), cos.stride(0),
+        rows.own_pages.stride(0), keys.stride(0), 0.0 if low_rank is None else low_rank.scale,
+        0.0 if norms is None else norms.eps, HEADS=heads, SHARED=shared, HALF=width // 2,
+        RANK=16 if low_rank is None else low_rank.up.shape[1], PARTS=parts,
+        NORM=-1 if norms is None else NORMS[norms.kind], ROTATE=angles is not None, PAGE=keys.shape[2], BM=16,
+        num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@jit
+def _low_rank_tile(thin_row, up_row, ok, RANK: tl.constexpr):
+    """thin_row (BM, 1) and up_row (1, BN) pointers -> t B^T (BM, BN) in fp32."""
+    r = tl.arange(0, RANK)
+    thin = tl.load(thin_row + r[None, :], mask=ok[:, None], other=0.0)
+    up = tl.load(up_row + r[:, None])
+    return tl.dot(thin, up, input_precision="ieee")
+
+
+@jit
+def _rope_write(
+    Y, THIN, UP, Q_NORM, K_NORM, COS, SIN, OUT, KEYS, VALUES, PAGES, LENGTH, rows, y_stride, thin_stride,
+    angle_stride, pages_stride, page_stride, scale, eps, HEADS: tl.constexpr, SHARED: tl.constexpr,
+    HALF: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
+    PAGE: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    D: tl.constexpr = 2 * HALF
+    kind: tl.constexpr = OUT.dtype.element_ty
+    row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    head = tl.program_id(1)
+    ok = row < rows
+    c = tl.arange(0, HALF)
+    mask = ok[:, None] & (c < HALF)[None, :]
+    at = row[:, None] * y_stride + head * D + c[None, :]
+    a = tl.load(Y + at, mask=mask, other=0.0)
+    b = tl.load(Y + at + HALF, mask=mask, other=0.0)
+    if PARTS > 0:
+        part = tl.where(head < HEADS, 0, tl.where(head < HEADS + SHARED, 1, 2)) if PARTS == 3 else 0
+        thin = THIN + row[:, None] * thin_stride + part * RANK
+        up = UP + (head * D + c[None, :]) * RANK
+        a = (a.to(tl.float32) + scale * _low_rank_tile(thin, up, ok, RANK)).to(kind)
+        b = (b.to(tl.float32) + scale * _low_rank_tile(thin, up + HALF * RANK, ok, RANK)).to(kind)
+    if NORM >= 0 and head < HEADS + SHARED:
+        fa = a.to(tl.float32)
+        fb = b.to(tl.float32)
+        inverse = tl.rsqrt((tl.sum(fa * fa, 1) + tl.sum(fb * fb, 1)) / D + eps)[:, None]
+        weight = Q_NORM
+        if head >= HEADS:
+            weight = K_NORM
+        wa = tl.load(weight + c).to(tl.float32)[None, :]
+        wb = tl.load(weight + HALF + c).to(tl.float32)[None, :]
+        if NORM == 0:
+            a = ((fa * inverse).to(kind).to(tl.float32) * wa).to(kind)
+            b = ((fb * inverse).to(kind).to(tl.float32) * wb).to(kind)
+        else:
+            if NORM == 2:
+                wa += 1.0
+                wb += 1.0
+            a = (fa * inverse * wa).to(kind)
+            b = (fb * inverse * wb).to(kind)
+    if ROTATE and head < HEADS + SHARED:
+        angle = row[:, None] * angle_stride + c[None, :]
+        cos = tl.load(COS + angle, mask=mask, other=0.0)
+        sin = tl.load(SIN + angle, mask=mask, other=0.0)
+        step: tl.constexpr = COS.dtype.element_ty  # each product is rounded to the angles' type
+        fa = a.to(tl.float32)
+        fb = b.to(tl.float32)
+        cos = cos.to(tl.float32)
+        sin = sin.to(tl.float32)
+        a = ((fa * cos).to(step).to(tl.float32) - (fb * sin).to(step).to(tl.float32)).to(kind)
+        b = ((fb * cos).to(step).to(tl.float32) + (fa * sin).to(step).to(tl.float32)).to(kind)
+    if head < HEADS:
+        to = OUT + row[:, None] * (HEADS * D) + head * D + c[None, :]
+        tl.store(to, a, mask=mask)
+        tl.store(to + HALF, b, mask=mask)
+    else:
+        last = tl.maximum(tl.load(LENGTH + row, mask=ok, other=1) - 1, 0)
+        page = tl.load(PAGES + row * pages_stride + last // PAGE, mask=ok, other=0).to(tl.int64)
+        place = page[:, None] * page_stride + (last % PAGE)[:, None] * D + c[None, :]
+        if head < HEADS + SHARED:
+            key = KEYS + place + (head - HEADS) * PAGE * D
+            tl.store(key, a, mask=mask)
+            tl.store(key + HALF, b, mask=mask)
+        else:
+            value = VALUES + place + (head - HEADS - SHARED) * PAGE * D
+            tl.store(value, a, mask=mask)
+            tl.store(value + HALF, b, mask=mask)
+
+
+def gated_product(y: Tensor, size: int, activation: str, *, low_rank: LowRank | None = None) -> Tensor:
+    """The packed gate and up y (B, >= 2 F) -> act(gate) * up (B, F), `size` being F."""
+    if triton_ready(y.device.type) and y.dtype != torch.float64:
+        return _gated_triton(y, size, activation, low_rank)
+    return gated_reference(y, size, activation, low_rank=low_rank)
+
+
+def gated_reference(y, size, activation, *, low_rank=None):
+    """`gated_product` in torch operations."""
+    y = y[:, : 2 * size]
+    if low_rank is not None:
+        y = low_rank.add_to(y)
+    return ACTIVATIONS[activation][0](y[:, :size]) * y[:, size:]
+
+
+def _gated_triton(y, size, activation, low_rank):
+    count = y.shape[0]
+    out = torch.empty(count, size, dtype=y.dtype, device=y.device)
+    bm, bn = (16, 128) if low_rank is not None else (1, 1024)
+    _gated[(-(-count // bm), -(-size // bn))](
+        y, y if low_rank is None else low_rank.thin, y if low_rank is None else low_rank.up, out, count, size,
+        y.stride(0), 0 if low_rank is None else low_rank.thin.stride(0), 0.0 if low_rank is None else low_rank.scale,
+        RANK=16 if low_rank is None else low_rank.up.shape[1],
+        PARTS=0 if low_rank is None else len(low_rank.edges) - 1, GATE=GATES[activation], BM=bm, BN=bn, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@jit
+def _gated(
+    Y, THIN, UP, OUT, rows, size, y_stride, thin_stride, scale, RANK: tl.constexpr, PARTS: tl.constexpr,
+    GATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    kind: tl.constexpr = OUT.dtype.element_ty
+    row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    ok = row < rows
+    mask = ok[:, None] & (c < size)[None, :]
+    at = row[:, None] * y_stride + c[None, :]
+    gate = tl.load(Y + at, mask=mask, other=0.0)
+    up = tl.load(Y + at + size, mask=mask, other=0.0)
+    if PARTS > 0:
+        line = tl.minimum(c, size - 1)[None, :]
+        thin = THIN + row[:, None] * thin_stride
+        gate = (gate.to(tl.float32) + scale * _low_rank_tile(thin, UP + line * RANK, ok, RANK)).to(kind)
+        second = thin + (RANK if PARTS == 2 else 0)
+        up = (up.to(tl.float32) + scale * _low_rank_tile(second, UP + (size + line) * RANK, ok, RANK)).to(kind)
+    g = gate.to(tl.float32)
+    if GATE == 0:
+        g = g / (1.0 + tl.exp(-g))
+    elif GATE == 1:
+        z = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+        g = g * (1.0 - 1.0 / (tl.exp(2.0 * z) + 1.0))  # g / 2 * (1 + tanh z)
+    else:
+        g = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    tl.store(
+        OUT + row[:, None] * size + c[None, :], (g.to(kind).to(tl.float32) * up.to(tl.float32)).to(kind), mask=mask
+    )
+
+
+def add_low_rank(y: Tensor, low_rank: LowRank) -> Tensor:
+    """y (B, O) += s B t in place, where no other kernel reads y next."""
+    if not triton_ready(y.device.type) or y.dtype == torch.float64 or len(low_rank.edges) != 2:
+        return low_rank.add_to(y)
+    count, outputs = y.shape
+    bm, bn = (16, 128) if count <= 64 else (64, 128)
+    _add_low_rank[(-(-count // bm), -(-outputs // bn))](
+        y, low_rank.thin, low_rank.up, count, outputs, y.stride(0), low_rank.thin.stride(0), low_rank.scale,
+        RANK=low_rank.up.shape[1], BM=bm, BN=bn, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+@jit
+def _add_low_rank(
+    Y, THIN, UP, rows, outputs, y_stride, thin_stride, scale, RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    ok = row < rows
+    mask = ok[:, None] & (c < outputs)[None, :]
+    at = Y + row[:, None] * y_stride + c[None, :]
+    y = tl.load(at, mask=mask, other=0.0)
+    up = UP + tl.minimum(c, outputs - 1)[None, :] * RANK
+    y = y.to(tl.float32) + scale * _low_rank_tile(THIN + row[:, None] * thin_stride, up, ok, RANK)
+    tl.store(at, y.to(Y.dtype.element_ty), mask=mask)

@@ -1,0 +1,118 @@
+"""Projections of one input for a decoding step: x is read once and gives W x and the adapter's A x together.
+
+Shapes: B rows, I inputs, O outputs of all parts, R rank padded to a power of two of 16 or more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .group import ProjectionGroup
+from .kernels import power_of_two
+from .kernels.decode_step import LowRank
+from .lora import LoraPair
+
+FOUR_BIT_ROWS = 4  # up to here the four-bit values are read directly, which moves a quarter of the bytes
+
+
+class Stacked:
+    """One group's weights with the A matrices of one adapter below them, in the buffer that the group holds anyway.
+
+    Groups that are quantised and not held (there is no memory for it) are multiplied from their own storage.
+    """
+
+    def __init__(self, group: ProjectionGroup) -> None:
+        self.group = group
+        self._rank = 0
+        self._bias: Tensor | None = None  # (O + parts * R,)
+        self._a: Tensor | None = None  # (parts * R, I)
+        self._b: Tensor | None = None  # (O, R)
+        self._scale = 1.0
+        self._adapted = False
+        self._below: int | None = None  # what `group.below` must say while ours stands there
+
+    @property
+    def outputs(self) -> int:
+        return self.group.outputs
+
+    @property
+    def held(self) -> bool:
+        return self.group.held
+
+    @property
+    def address(self) -> tuple[int, ...]:
+        """Where the weights and the adapter stand; 0 for what is not there."""
+        weight = self.group.with_below(0) if self.held else None
+        return tuple(0 if t is None else t.data_ptr() for t in (weight, self._a, self._b if self._adapted else None))
+
+    @property
+    def current(self) -> bool:
+        """Whether nobody has written where the adapter stands, nor moved the weights."""
+        return not self._adapted or not self.held or self.group.below == self._below
+
+    def prepare(self, rank: int) -> None:
+        """Lay out room for an adapter of this rank (0 for none). A base that is dense anyway moves into the layout."""
+        parts = len(self.group.linears)
+        self._rank = max(self._rank, power_of_two(rank, 16) if rank else 0)
+        if self.held or all(linear.storage == "dense" for linear in self.group.linears):
+            self.group.hold(parts * self._rank)
+        like = dict(dtype=self.group.linears[0].dtype, device=self.group.linears[0].weight.device)
+        if self.held:
+            self._a = self.group.with_below(parts * self._rank)[self.outputs :]
+        elif self._a is None or self._a.shape[0] != parts * self._rank:
+            self._a = torch.zeros(parts * self._rank, self.group.inputs, **like)
+        if self._b is None or self._b.shape[1] != self._rank:
+            self._b = torch.zeros(self.outputs, self._rank, **like)
+            bias = self.group.bias
+            self._bias = None if bias is None else F.pad(bias, (0, parts * self._rank))
+
+    def release(self) -> None:
+        self._a = self._b = self._bias = None
+        self._rank, self._adapted = 0, False
+
+    def bind(self, pairs: Sequence[LoraPair | None], scale: float) -> list[tuple[Tensor, Tensor]]:
+        """Set which parts have an adapter; returns (destination, source) copies that bring its values here."""
+        self._adapted = any(pair is not None for pair in pairs)
+        if not self._adapted:
+            return []
+        self._scale, rank = scale, self._rank
+        copies = []
+        for part, pair in enumerate(pairs):
+            a, b = (
+                self._a[part * rank : (part + 1) * rank],
+                self._b[self.group.starts[part] : self.group.starts[part + 1]],
+            )
+            own = 0 if pair is None else pair[0].shape[0]
+            if own < rank:
+                a[own:].zero_()
+                b[:, own:].zero_()
+            if pair is not None:
+                copies += [(a[:own], pair[0]), (b[:, :own], pair[1])]
+        self._below = next(pair[0].data_ptr() for pair in pairs if pair is not None)
+        self.group.below = self._below
+        return copies
+
+    def product(self, x: Tensor) -> tuple[Tensor, LowRank | None]:
+        """x (B, I) -> W x + b in the first O columns of y, and what the adapter adds to it."""
+        linears, outputs = self.group.linears, self.outputs
+        if self._direct(x):
+            y = torch.cat([linear.store.multiply(x, linear.bias) for linear in linears], 1)
+        elif self.held:
+            rows = self._a.shape[0] if self._adapted else 0
+            bias = None if self._bias is None else self._bias[: outputs + rows]
+            y = F.linear(x, self.group.with_below(rows), bias)
+            return y, self._low_rank(y[:, outputs:] if self._adapted else None)
+        else:
+            y = F.linear(x, self.group.dense(), self.group.bias)
+        return y, self._low_rank(F.linear(x, self._a) if self._adapted else None)
+
+    def _low_rank(self, thin: Tensor | None) -> LowRank | None:
+        return None if thin is None else LowRank(thin, self._b, self._scale, self.group.starts)
+
+    def _direct(self, x: Tensor) -> bool:
+        four_bit = x.is_cuda and all(linear.storage == "nf4" for linear in self.group.linears)
+        return four_bit and (x.shape[0] <= FOUR_BIT_ROWS or not self.held)
