@@ -33,6 +33,7 @@ class Stacked:
         self._b: Tensor | None = None  # (O, R)
         self._scale = 1.0
         self._adapted = False
+        self._laid_out = -1  # where the weights stood when this was prepared
         self._below: int | None = None  # what `group.below` must say while ours stands there
 
     @property
@@ -46,13 +47,18 @@ class Stacked:
     @property
     def address(self) -> tuple[int, ...]:
         """Where the weights and the adapter stand; 0 for what is not there."""
-        weight = self.group.with_below(0) if self.held else None
-        return tuple(0 if t is None else t.data_ptr() for t in (weight, self._a, self._b if self._adapted else None))
+        adapter = (self._a, self._b) if self._adapted else ()
+        return self._weights_at(), *(t.data_ptr() for t in adapter)
 
     @property
     def current(self) -> bool:
-        """Whether nobody has written where the adapter stands, nor moved the weights."""
+        """Whether nobody has written where the adapter stands, nor moved or let go of the weights."""
+        if self._weights_at() != self._laid_out:
+            return False
         return not self._adapted or not self.held or self.group.below == self._below
+
+    def _weights_at(self) -> int:
+        return self.group.with_below(0).data_ptr() if self.held else 0
 
     def prepare(self, rank: int) -> None:
         """Lay out room for an adapter of this rank (0 for none). A base that is dense anyway moves into the layout."""
@@ -60,6 +66,7 @@ class Stacked:
         self._rank = max(self._rank, power_of_two(rank, 16) if rank else 0)
         if self.held or all(linear.storage == "dense" for linear in self.group.linears):
             self.group.hold(parts * self._rank)
+        self._laid_out = self._weights_at()
         like = dict(dtype=self.group.linears[0].dtype, device=self.group.linears[0].weight.device)
         if self.held:
             self._a = self.group.with_below(parts * self._rank)[self.outputs :]

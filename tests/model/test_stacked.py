@@ -1,0 +1,93 @@
+import torch
+
+from local_tinker.model.decode import DecodeRoad
+from local_tinker.model.group import ProjectionGroup
+from local_tinker.model.linear import FrozenLinear
+from local_tinker.model.stacked import Stacked
+from tests.sampler.test_greedy import fast
+
+SCALE = 0.5
+
+
+def group(*outputs, quantize=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(o, 64, generator=generator) for o in outputs]
+    biases = [torch.randn(o, generator=generator) if i % 2 == 0 else None for i, o in enumerate(outputs)]
+    linears = tuple(
+        FrozenLinear(w, b, quantize=quantize, dtype=torch.float32, path=f"p{i}")
+        for i, (w, b) in enumerate(zip(weights, biases, strict=True))
+    )
+    return ProjectionGroup(tuple(f"p{i}" for i in range(len(outputs))), linears)
+
+
+def pair(outputs, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rank, 64, generator=generator), torch.randn(outputs, rank, generator=generator)
+
+
+def bound(stacked, pairs):
+    stacked.prepare(max((p[0].shape[0] for p in pairs if p is not None), default=0))
+    for to, source in stacked.bind(pairs, SCALE):
+        to.copy_(source)
+
+
+def check(stacked, pairs, x):
+    y, low = stacked.product(x)
+    y = y[:, : stacked.outputs].clone()
+    if low is not None:
+        y = low.add_to(y)
+    expected = []
+    for linear, adapter in zip(stacked.group.linears, pairs, strict=True):
+        out = torch.nn.functional.linear(x, linear.dense(), linear.bias)
+        expected.append(out if adapter is None else out + SCALE * (x @ adapter[0].t()) @ adapter[1].t())
+    torch.testing.assert_close(y, torch.cat(expected, 1), atol=2e-4, rtol=1e-4)
+
+
+def test_one_product_gives_every_part_with_its_adapter_and_weights_stay_one_copy():
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(9))
+    for outputs in ((12,), (12, 8, 8)):
+        stacked = Stacked(group(*outputs))
+        for ranks in ((3,) * len(outputs), (20, None, 20)[: len(outputs)], (None,) * len(outputs)):
+            pairs = [None if r is None else pair(o, r, seed=o + r) for o, r in zip(outputs, ranks, strict=True)]
+            bound(stacked, pairs)
+            check(stacked, pairs, x)
+        storages = {linear.dense().untyped_storage().data_ptr() for linear in stacked.group.linears}
+        assert len(storages) == 1
+
+
+def test_a_quantised_base_that_is_not_held_is_multiplied_as_it_is():
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(9))
+    stacked = Stacked(group(64, 64, quantize="4bit"))
+    pairs = [pair(64, 4, seed=1), None]
+    bound(stacked, pairs)
+    assert not stacked.held
+    check(stacked, pairs, x)
+    stacked.group.hold()
+    assert not stacked.current
+    bound(stacked, pairs)
+    assert stacked.held and stacked.current
+    check(stacked, pairs, x)
+
+
+def test_what_training_does_to_the_buffer_is_noticed():
+    stacked = Stacked(group(12))
+    bound(stacked, [pair(12, 4, seed=1)])
+    assert stacked.current
+    stacked.group.below = 1  # a pass of another adapter wrote there
+    assert not stacked.current
+    bound(stacked, [pair(12, 4, seed=1)])
+    assert stacked.current
+    stacked.group.release()
+    assert not stacked.current
+
+
+def test_a_step_keeps_its_version_between_adapters_of_one_shape_and_changes_it_with_the_shape():
+    _, road, _, frozen = fast("llama")
+    from tests.model.families import random_pairs
+
+    decode = DecodeRoad(road)
+    versions = []
+    for rank, scale in ((4, 0.3), (4, 0.3), (4, 0.5), (20, 0.5), (20, 0.5)):
+        decode.bind(random_pairs(frozen, rank=rank, seed=len(versions)), scale)
+        versions.append(decode.version)
+    assert versions[0] == versions[1] < versions[2] < versions[3] == versions[4]
