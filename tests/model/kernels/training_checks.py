@@ -1,7 +1,5 @@
-"""Every kernel against the definition beside it: on a card, or on a CPU through Triton's interpreter.
-
-On a CPU `test_interpreter.py` runs this file in a process of its own with TRITON_INTERPRET=1.
-"""
+"""Every training kernel against the definition beside it: on a card (tests/gpu), or on a CPU through Triton's interpreter
+in a process of its own (test_interpreted.py)."""
 
 import os
 

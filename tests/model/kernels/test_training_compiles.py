@@ -62,7 +62,7 @@ def compiled_shared(kernel, types, constants, tuned, capability):
     return made.metadata.shared
 
 
-@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("capability", [86, 90, *(pytest.param(c, marks=pytest.mark.battery) for c in (80, 89))])
 def test_attention_compiles_and_fits_for_every_card(capability):
     pair = divmod(capability, 10)
     for case in attention_cases(pair):
