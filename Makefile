@@ -23,7 +23,7 @@ test: $(VENV)/.installed-test  ## run the tests
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 battery: $(VENV)/.installed-test  ## run the acceptance tests (FULL=1: every size, recorded)
-	@FULL=$(FULL) OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m battery tests/battery -n auto --maxprocesses 8 --dist worksteal
+	@FULL=$(FULL) OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m battery tests/battery tests/model/kernels -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.installed-dev  ## check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -20,4 +20,6 @@ def test_kernels_equal_their_references(file):
         text=True,
         cwd=FOLDER.parents[2],
     )
-    assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, (
+        done.stdout[-4000:] + done.stderr[-2000:]
+    )
