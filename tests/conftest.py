@@ -14,6 +14,8 @@ for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT",
 
 import pytest  # noqa: E402  (after the environment is set)
 
+pytest_plugins = ["tests.second_try"]
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):

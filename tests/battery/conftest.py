@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 
 import pytest
-from _pytest.runner import runtestprotocol
 
 FULL = bool(os.environ.get("FULL"))
 
@@ -61,23 +59,3 @@ class Record:
 def pytest_configure(config) -> None:
     if FULL and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Record(), "battery-record")
-
-
-def pytest_runtest_protocol(item, nextitem):
-    """Cases that compare every bit of whole runs get a second try, which is said.
-
-    On a loaded machine torch's CPU kernels now and then give other last bits for equal input, in the interrupted run or in
-    its twin. What a resume loses, it loses every time.
-    """
-    if item.path.name != "test_resume.py":
-        return None
-    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    reports = runtestprotocol(item, nextitem=nextitem, log=False)
-    if any(report.failed for report in reports):
-        warnings.warn(f"{item.nodeid} failed and is tried again", stacklevel=1)
-        item._initrequest()
-        reports = runtestprotocol(item, nextitem=nextitem, log=False)
-    for report in reports:
-        item.ihook.pytest_runtest_logreport(report=report)
-    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-    return True
