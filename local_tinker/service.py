@@ -139,10 +139,8 @@ class ServiceClient:
             raise CheckpointError(
                 f"{path} is a saved {meta.get('kind', 'folder')}, not a training state; use what save_state wrote"
             )
-        # The same cut into micro-batches as before: in bf16 another one rounds differently.
-        client = {**meta["client"], "micro_batch_tokens": meta["state"]["micro_batch_tokens"]}
-        trainer = self.create_lora_training_client(**client)
-        trainer.load_state(path)
+        trainer = self.create_lora_training_client(**meta["client"])
+        trainer._load_state(path, keep_cut=False)
         return trainer
 
     def create_sampling_client(

@@ -331,12 +331,16 @@ class TrainingClient:
         Raises:
             CheckpointError: damaged, or saved by a trainer with another base model or geometry; nothing has changed then.
         """
+        keep_cut = self._options.micro_batch_tokens is not None
+        return self._load_state(path, discard_gradients=discard_gradients, keep_cut=keep_cut)
+
+    def _load_state(self, path: str | Path, *, discard_gradients: bool = False, keep_cut: bool) -> dict[str, Any]:
+        """`keep_cut`: compute in this client's micro-batches, not in the saved ones; in bf16 another cut rounds differently."""
         checkpoint = read_folder(Path(path))
         if checkpoint.meta.get("kind") != "state":
             raise CheckpointError(f"{path} is a saved {checkpoint.meta.get('kind', 'folder')}, not a training state")
         files = {name: checkpoint.bytes(name) for name in checkpoint.manifest if name.endswith(".safetensors")}
         state = TrainerState(files, checkpoint.meta["state"])
-        keep_cut = self._options.micro_batch_tokens is not None
         self._engine.import_state(self._id, state, ignore_gradients=discard_gradients, keep_cut=keep_cut)
         self._trained_on = set(checkpoint.meta["trained_on"])
         self._options = replace(self._options, seed=state.meta["seed"])

@@ -227,6 +227,13 @@ def test_weights_versions_are_the_same_at_a_state_and_part_ways_after_it(service
     assert version(again._id) == version(twin._id)
 
 
+def test_a_client_from_a_state_computes_in_the_cut_that_was_saved(service, trainer, tmp_path):
+    state = inner(trainer)
+    state.budget = state.budget.with_cut(micro_batch_tokens=600, head_rows=96)  # as a plan under little memory
+    again = inner(service.create_training_client_from_state(trainer.save_state(tmp_path / "s")))
+    assert (again.budget.micro_batch_tokens, again.budget.head_rows) == (600, 96)
+
+
 def test_a_state_brings_its_seed_along(service, tiny_model, trainer, tmp_path):
     path = trainer.save_state(tmp_path / "s")
     other = service.create_lora_training_client(

@@ -12,7 +12,7 @@ from ..errors import DatasetError, UsageError
 from ..types import Datum
 from . import formats
 from .columns import sort_batch
-from .datum import preference, rollout, supervised, tensor_encoded, validate_datums
+from .datum import preference, rollout, supervised, tensor_encoded
 from .examples import Conversation, Example, Preference, PromptCompletion, Text
 from .render import Encoded, Renderer
 from .rows import located
@@ -274,19 +274,13 @@ def _from_tensors(items: list[Mapping[str, Any]], fit: _Fit) -> Prepared:
                 "pad ids also masks EOS where both are one token)",
                 key="no stop",
             )
-    _validate(units, fit.renderer)
     return Prepared(units, kept, fit.dropped, fit.truncated)
 
 
 def _ready(units: list[Unit], fit: _Fit) -> Prepared:
     for index, unit in enumerate(units):
         fit.check(unit, index)
-    _validate(units, fit.renderer)
     return Prepared(units, list(range(len(units))))
-
-
-def _validate(units: list[Unit], renderer: Renderer) -> None:
-    validate_datums((datum for unit in units for datum in unit), renderer.vocab_size, negative_weights=True)
 
 
 def _pairs(datums: list[Datum]) -> list[Unit]:

@@ -111,10 +111,6 @@ class Renderer:
     def template(self) -> str | None:
         return self._chat.source
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self.tokenizer)
-
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens shown."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -30,18 +30,12 @@ _AGAIN = {
 }
 
 
-def recompute_factor(dims: ModelDims, settings: TrainSettings, level: str, *, context: int = 512) -> float:
-    """Operations of a step with every layer at `level`, over those without recomputation.
+def time_per_token(dims: ModelDims, settings: TrainSettings, choice: Choice, *, context: int = 512) -> float:
+    """Time of one trained token in operations.
 
     Args:
         context: mean length of a document, which attention grows with.
     """
-    once = _needed(dims, settings, context)
-    return (once + dims.layers * _recomputed(dims, level, context)) / once
-
-
-def time_per_token(dims: ModelDims, settings: TrainSettings, choice: Choice, *, context: int = 512) -> float:
-    """Time of one trained token in operations."""
     levels = Counter(choice.levels)
     products = _needed(dims, settings, context, head_rows=choice.head_rows)
     products += sum(count * _recomputed(dims, level, context) for level, count in levels.items())

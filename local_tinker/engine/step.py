@@ -189,6 +189,10 @@ def run_forward(
     Args:
         gradients: where a backward of the result adds to; None builds no graph.
     """
+    reference_logprobs = micro.fields.get("reference_logprobs")
+    if "reference" in needs and reference_logprobs is None:
+        assert reference is not None
+        reference_logprobs = _reference_logprobs(model, micro, reference, head_rows)  # before there is a graph to hold
     sink = None if gradients is None else gradients.adapter
     hidden = _hidden(model, micro, weights, levels=levels, dropout=dropout, sink=sink)
     pair = weights.head
@@ -209,15 +213,16 @@ def run_forward(
     if "values" in needs:
         assert value_head is not None
         values = hidden.to(value_head.dtype) @ value_head[:-1] + value_head[-1]  # (M,)
-    reference_logprobs = micro.fields.get("reference_logprobs")
-    if "reference" in needs and reference_logprobs is None:
-        assert reference is not None
-        with torch.no_grad():
-            other = _hidden(model, micro, reference)
-            reference_logprobs, _ = target_logprobs(
-                other, model.head, micro.targets, pair=reference.head, lora_scale=reference.scale, chunk=head_rows
-            )
     return LossInputs(logprobs, entropy, values, reference_logprobs)
+
+
+@torch.no_grad()
+def _reference_logprobs(model: LoadedModel, micro: MicroBatch, reference: Weights, head_rows: int) -> Tensor:
+    hidden = _hidden(model, micro, reference)
+    logprobs, _ = target_logprobs(
+        hidden, model.head, micro.targets, pair=reference.head, lora_scale=reference.scale, chunk=head_rows
+    )
+    return logprobs
 
 
 def _hidden(

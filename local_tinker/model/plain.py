@@ -47,8 +47,9 @@ class PlainRoad:
         _, self.decoder = text_decoder(model)
         self._adapted: dict[str, nn.Module] = {}
         self._running: _Binding | None = None
+        paths = {module: path for path, module in model.named_modules()}
         for index, layer in enumerate(_layers(self.decoder, model.config.get_text_config().num_hidden_layers)):
-            self._recomputable(index, layer)
+            self._recomputable(index, layer, paths[layer])
         self.reason = self._check_packing()
         self.packed = self.reason is None
 
@@ -105,7 +106,7 @@ class PlainRoad:
         if unknown:
             raise ModelError(f"{unknown[0]} is not a frozen projection of {type(self.model).__name__}")
 
-    def _recomputable(self, index: int, layer: nn.Module) -> None:
+    def _recomputable(self, index: int, layer: nn.Module, path: str) -> None:
         """Let this layer be checkpointed when a call asks. transformers' own switch would need the layer in training
         mode, and would find the adapters of a later call when it recomputes."""
         inner = layer.forward
@@ -116,7 +117,7 @@ class PlainRoad:
                 return inner(*args, **kwargs)
 
             def again(*inputs: Any) -> Any:
-                with binding.bound():
+                with binding.bound(within=f"{path}."):
                     return inner(*inputs, **kwargs)
 
             return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False)
@@ -204,14 +205,16 @@ class _Binding:
     recompute: tuple[bool, ...]  # a layer; empty: none
 
     @contextmanager
-    def bound(self) -> Iterator[None]:
-        before = {path: layer.lora_dropout[PEFT_NAME].held for path, layer in self.adapted.items()}
+    def bound(self, within: str = "") -> Iterator[None]:
+        """For the modules whose path starts with `within`."""
+        adapted = {path: layer for path, layer in self.adapted.items() if path.startswith(within)}
+        before = {path: layer.lora_dropout[PEFT_NAME].held for path, layer in adapted.items()}
         try:
-            for path, layer in self.adapted.items():
+            for path, layer in adapted.items():
                 _hold(layer, (self.pairs.get(path), self.scale, self.dropout))
             yield
         finally:
-            for path, layer in self.adapted.items():
+            for path, layer in adapted.items():
                 _hold(layer, before[path])
 
 

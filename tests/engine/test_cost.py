@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from local_tinker.engine.cost import recompute_factor, time_per_token
+from local_tinker.engine.cost import time_per_token
 from local_tinker.engine.footprint import Choice, TrainSettings
 from tests.engine.shapes import LLAMA_3B, LLAMA_8B, QWEN_7B
 
@@ -22,10 +22,11 @@ BASE = Choice(tokens=8192, levels=("norms",) * 28)
     ids=["3B", "8B", "7B"],
 )
 def test_recomputation_costs_what_its_operations_cost(dims, rank, gflop):
-    levels = ("norms", "mlp", "attention_mlp", "layer")
-    for level, expected in zip(levels, gflop, strict=True):
-        found = recompute_factor(dims, TrainSettings(rank=rank), level, context=2048)
-        assert found == pytest.approx(expected / gflop[0], rel=0.01), level
+    settings = TrainSettings(rank=rank, quantize="none")
+    for level, expected in zip(("norms", "mlp", "attention_mlp", "layer"), gflop, strict=True):
+        only_operations = Choice(tokens=2**40, levels=(level,) * dims.layers, head_rows=2**30)
+        found = time_per_token(dims, settings, only_operations, context=2048)
+        assert found == pytest.approx(expected * 1e9, rel=0.01), level
 
 
 @pytest.mark.parametrize(
