@@ -89,6 +89,7 @@ def measure(model, spec, name: str, limit: int, length: int, *, before: int, cud
         "levels": dict(Counter(choice.levels)),
         "resident": choice.resident_layers,
         "head_rows": choice.head_rows,
+        "tile": choice.tile,
         "parked": choice.parked_moments,
         "predicted": predicted,
         "measured": measured,

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -229,9 +230,9 @@ def test_weights_versions_are_the_same_at_a_state_and_part_ways_after_it(service
 
 def test_a_client_from_a_state_computes_in_the_cut_that_was_saved(service, trainer, tmp_path):
     state = inner(trainer)
-    state.budget = state.budget.with_cut(micro_batch_tokens=600, head_rows=96)  # as a plan under little memory
-    again = inner(service.create_training_client_from_state(trainer.save_state(tmp_path / "s")))
-    assert (again.budget.micro_batch_tokens, again.budget.head_rows) == (600, 96)
+    state.budget = replace(state.budget, choice=replace(state.budget.choice, tokens=600, head_rows=96, tile=300))
+    again = inner(service.create_training_client_from_state(trainer.save_state(tmp_path / "s"))).budget
+    assert (again.micro_batch_tokens, again.head_rows, again.choice.tile) == (600, 96, 300)
 
 
 def test_a_state_brings_its_seed_along(service, tiny_model, trainer, tmp_path):

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections import Counter
 
 from ..model.dims import ModelDims
-from .footprint import Choice, TrainSettings, moment_bytes
+from ..model.levels import TILED
+from .footprint import Choice, TrainSettings, in_tiles, moment_bytes
 
 # operations in the time a byte takes from device memory: 790e12 / 4.8e12 (H200), 165e12 / 1.0e12 (4090)
 MEMORY_BYTE = {"cuda": 165, "cpu": 50}
 HOST_BYTE = 8000  # the same over PCIe: 165e12 / 25e9 is 6,600, 790e12 / 55e9 is 14,400
 SHOWN = 0.25  # share of an offloaded layer's transfers that the computation does not hide
 LAUNCHES = {"cuda": 3e11, "cpu": 1e9}  # a layer and micro-batch: launches, and products too small for the full rate
+TILE_LAUNCHES = 0.25  # of these, for each further tile of a layer's MLP
 STEP_TOKENS = 16384  # tokens between two optimiser steps, over which parked moments cross the bus both ways
 DEQUANTISED_BYTES = 2.516  # NF4 read and bf16 written, a weight
 HEAD_ROW_OVERHEAD = 25  # a chunk of r rows costs 1 + 25 / r times the head's products
@@ -46,7 +48,10 @@ def time_per_token(dims: ModelDims, settings: TrainSettings, choice: Choice, *, 
         moved = MEMORY_BYTE[settings.kind] * DEQUANTISED_BYTES * weights / choice.tokens
     offloaded = 2 * settings.compute_bytes * dims.hidden * levels["offload"] * SHOWN
     parked = 2 * moment_bytes(dims, settings) / STEP_TOKENS if choice.parked_moments else 0.0
-    return products + moved + HOST_BYTE * (offloaded + parked) + LAUNCHES[settings.kind] * dims.layers / choice.tokens
+    launches = dims.layers
+    if in_tiles(settings, choice):
+        launches += TILE_LAUNCHES * sum(levels[level] for level in TILED) * (-(-choice.tokens // choice.tile) - 1)
+    return products + moved + HOST_BYTE * (offloaded + parked) + LAUNCHES[settings.kind] * launches / choice.tokens
 
 
 def _needed(dims: ModelDims, settings: TrainSettings, context: int, *, head_rows: int = 1 << 30) -> float:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from ..model.dims import ModelDims
-from ..model.levels import LEVELS
+from ..model.levels import LEVELS, TILE, TILED
 
 MIB, GIB = 2**20, 2**30
 QUANTIZE = ("4bit", "8bit", "none")
@@ -26,8 +26,6 @@ KINDS = ("cuda", "cpu")
 WORKSPACE = {"cuda": 64 * MIB, "cpu": 8 * MIB}
 CONTEXT = {"cuda": 512 * MIB, "cpu": 512 * MIB}
 
-TILED = ("layer", "offload")  # levels at which the MLP is computed in tiles of rows
-TILE = 8192
 NORM_AFTER = frozenset({"gemma2", "gemma3_text", "olmo2"})  # a norm follows each block, which must keep its output
 HEAD_NORM = frozenset({"qwen3", "gemma3_text", "olmo2"})  # q and k are normed: raw and rotated exist side by side
 # times what our layer keeps, in transformers' modules under PEFT: 1.94 on a 3B, 1.98 on a 7B, measured
@@ -51,6 +49,7 @@ class TrainSettings:
         levels: recompute levels that may be chosen.
         adapter_params: P; None: an adapter of `rank` on every projection.
         plain: the model runs on the plain road.
+        dropout: masks are drawn for all rows of a micro-batch at once, so no MLP is computed in tiles.
         started: free memory was measured with the driver and libraries already in place.
         host_bytes: memory that may be pinned for parked moments and offloaded activations; None sets no limit.
     """
@@ -65,6 +64,7 @@ class TrainSettings:
     levels: tuple[str, ...] = LEVELS
     adapter_params: int | None = None
     plain: bool = False
+    dropout: bool = False
     started: bool = False
     host_bytes: int | None = None
 
@@ -91,6 +91,7 @@ class Choice:
         levels: recompute level of each layer; the first layers at the deeper of two neighbouring levels.
         resident_layers: how many of the first layers keep their weights dequantised on the device.
         head_rows: positions of one chunk of the output head.
+        tile: rows of an MLP of which nothing is kept that are alive at once.
         parked_moments: the optimiser's moments live in pinned host memory.
     """
 
@@ -98,7 +99,13 @@ class Choice:
     levels: tuple[str, ...]
     resident_layers: int = 0
     head_rows: int = 2048
+    tile: int = TILE
     parked_moments: bool = False
+
+
+def in_tiles(settings: TrainSettings, choice: Choice) -> bool:
+    """Whether some layer's MLP is computed in more than one tile."""
+    return choice.tokens > choice.tile and not (settings.plain or settings.dropout) and choice.levels[0] in TILED
 
 
 def base_bytes(dims: ModelDims, quantize: str, *, compute_bytes: int = 2) -> int:
@@ -144,12 +151,12 @@ def saved_bytes(dims: ModelDims, settings: TrainSettings, level: str) -> int:
     return {"mlp": mlp, "attention_mlp": attention_mlp}[level]
 
 
-def live_bytes(dims: ModelDims, settings: TrainSettings, level: str, tokens: int) -> int:
+def live_bytes(dims: ModelDims, settings: TrainSettings, level: str, tokens: int, *, tile: int = TILE) -> int:
     """What one layer holds beside the kept activations at its deepest: in forward, or in either half of its backward."""
     if settings.plain:  # autograd keeps the recomputed layer as it would have kept it before
         again = 0 if level == "norms" else saved_bytes(dims, settings, "norms")
         return tokens * (again + settings.compute_bytes * (4 * dims.hidden + 3 * dims.intermediate))
-    tile = min(tokens, TILE) if level in TILED else tokens
+    tile = min(tokens, tile) if level in TILED and not settings.dropout else tokens
     return settings.compute_bytes * max(
         _forward(dims, settings, level, tokens, tile), *_backward(dims, settings, level, tokens, tile)
     )
@@ -201,6 +208,8 @@ def standing_parts(dims: ModelDims, settings: TrainSettings, choice: Choice) -> 
     scratch = 0
     if settings.quantize != "none" and choice.resident_layers < dims.layers:  # one group at a time
         scratch = wide_bytes(dims, settings, "gate_proj", "up_proj")
+        if in_tiles(settings, choice):  # or both of the MLP for all its tiles
+            scratch += wide_bytes(dims, settings, "down_proj")
     beside = 0  # an unquantised base lies as its products read it, always
     if settings.quantize == "none":
         beside = dims.layers * layer_wide_bytes(dims, settings) - c * dims.linear_params
@@ -225,7 +234,9 @@ def deepest_moment(dims: ModelDims, settings: TrainSettings, choice: Choice) -> 
     moments = []
     for level, count in Counter(choice.levels).items():  # deepest first, as the layers stand
         kept += count * n * saved_bytes(dims, settings, level)
-        moments.append({"activations": kept, "live layer": live_bytes(dims, settings, level, n), "loss head": 0})
+        moments.append(
+            {"activations": kept, "live layer": live_bytes(dims, settings, level, n, tile=choice.tile), "loss head": 0}
+        )
     # the last layer's output, its normed rows and their stored gradient
     head = choice.head_rows * dims.vocab * HEAD_LOGIT_BYTES[settings.kind] + 3 * n * c * dims.hidden
     moments.append({"activations": kept, "live layer": 0, "loss head": head})

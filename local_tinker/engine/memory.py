@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from ..model.dims import ModelDims
-from ..model.levels import LEVELS
+from ..model.levels import LEVELS, TILE
 from .cost import time_per_token
 from .footprint import (
     Choice,
     TrainSettings,
     cache_bytes,
-    deepest_moment,
     host_bytes,
     layer_wide_bytes,
     standing_parts,
@@ -35,6 +35,7 @@ MOST_TOKENS = {"cuda": 8192, "cpu": 4096}
 LAST_RESORT = 2048  # smaller micro-batches are chosen only where no other way fits
 COMFORTABLE_TOKENS = 4096  # what `models` answers for
 HEAD_ROWS = (2048, 1024, 512, 256)
+TILES = {"cuda": (TILE, 2048), "cpu": (TILE,)}
 SHRINK = 0.65  # of what a plan needs above the least possible, after it ran out of memory
 SAMPLER_SHARE = 0.4  # of the memory left beside the weights, for keys and values
 LEAST_SAMPLER_TOKENS = 4096
@@ -139,11 +140,11 @@ def _candidates(dims: ModelDims, settings: TrainSettings, limit: int) -> Iterato
     ladder = _ladder(_levels(settings), dims.layers)
     for parked in (False, True) if settings.kind == "cuda" else (False,):
         for tokens in _token_budgets(settings):
-            for rows in HEAD_ROWS:
-                start = Choice(tokens=tokens, levels=ladder[0], head_rows=rows, parked_moments=parked)
+            for rows, tile in product(HEAD_ROWS, _tiles(settings, tokens)):
+                start = Choice(tokens=tokens, levels=ladder[0], head_rows=rows, tile=tile, parked_moments=parked)
                 choice = _shallowest(dims, settings, limit, start, ladder)
                 if choice is not None:
-                    yield _with_residency(dims, settings, choice, limit)
+                    yield with_residency(dims, settings, choice, limit)
 
 
 def _token_budgets(settings: TrainSettings) -> list[int]:
@@ -152,6 +153,12 @@ def _token_budgets(settings: TrainSettings) -> list[int]:
     fewer = settings.tokens is None or settings.fewer
     budgets = [wanted, *(tokens for tokens in TOKENS if tokens < wanted and fewer)]
     return sorted({max(tokens, settings.seq_len) for tokens in budgets}, reverse=True)
+
+
+def _tiles(settings: TrainSettings, tokens: int) -> list[int]:
+    """Tiles that may be chosen; one that takes the whole micro-batch is as good as the next."""
+    largest, *smaller = TILES[settings.kind]
+    return [largest] if settings.plain or settings.dropout else [largest, *(t for t in smaller if t < tokens)]
 
 
 def _levels(settings: TrainSettings) -> list[str]:
@@ -172,12 +179,10 @@ def _shallowest(
     dims: ModelDims, settings: TrainSettings, limit: int, start: Choice, ladder: list[tuple[str, ...]]
 ) -> Choice | None:
     """The first step of the ladder that fits, by bisection: each needs less than the one before it."""
-    room = limit - sum(standing_parts(dims, settings, start).values())
     low, high = 0, len(ladder)
     while low < high:
         middle = (low + high) // 2
-        choice = replace(start, levels=ladder[middle])
-        if sum(deepest_moment(dims, settings, choice).values()) <= room:
+        if total_bytes(dims, settings, replace(start, levels=ladder[middle])) <= limit:
             high = middle
         else:
             low = middle + 1
@@ -191,7 +196,7 @@ def _host_has_room(dims: ModelDims, settings: TrainSettings, choice: Choice) -> 
     return settings.host_bytes is None or host_bytes(dims, settings, choice) <= settings.host_bytes
 
 
-def _with_residency(dims: ModelDims, settings: TrainSettings, choice: Choice, limit: int) -> Choice:
+def with_residency(dims: ModelDims, settings: TrainSettings, choice: Choice, limit: int) -> Choice:
     """Spend what is left on dequantised weights. They buy the least time a byte, so they come last."""
     if settings.quantize == "none":
         return choice
@@ -206,8 +211,9 @@ def _least(dims: ModelDims, settings: TrainSettings) -> Choice:
     """Every memory saver on. A model of few layers is smaller without offload, which needs two buffers."""
     tokens = _token_budgets(settings)[-1]
     choices = [
-        Choice(tokens=tokens, levels=(level,) * dims.layers, head_rows=HEAD_ROWS[-1], parked_moments=parked)
+        Choice(tokens=tokens, levels=(level,) * dims.layers, head_rows=HEAD_ROWS[-1], tile=tile, parked_moments=parked)
         for level in _levels(settings)
+        for tile in _tiles(settings, tokens)
         for parked in ((False, True) if settings.kind == "cuda" else (False,))
     ]
     allowed = [choice for choice in choices if _host_has_room(dims, settings, choice)]

@@ -13,7 +13,7 @@ from ..model.dims import ModelDims
 from ..model.levels import LEVELS
 from ..model.load import LoadedModel
 from .footprint import standing_parts, total_bytes
-from .memory import Choice, TrainSettings, choose, describe, sampler_tokens, smaller_limit, usable_bytes
+from .memory import Choice, TrainSettings, choose, describe, sampler_tokens, smaller_limit, usable_bytes, with_residency
 
 MAX_ROWS = {"cuda": 256, "cpu": 64}  # samples decoded together
 PINNED_SHARE = 0.5  # of free host memory, for parked moments and activations
@@ -80,11 +80,19 @@ class Budget:
         )
         return replace(self, settings=settings, limit=limit, choice=choice)
 
-    def with_cut(self, *, micro_batch_tokens: int, head_rows: int) -> Budget:
-        """The plan with another run's cut into micro-batches and head chunks, which decide the rounding. What the layers
-        keep, which does not, is planned anew within the same memory."""
-        settings = replace(self.settings, tokens=micro_batch_tokens)
-        choice = replace(_choose(self.dims, settings, self.limit), head_rows=head_rows)
+    def as_before(self, saved: Choice) -> Budget:
+        """The plan of another run, whose cut into micro-batches, head chunks and tiles of the MLP decided the rounding.
+
+        What the layers keep decides it only where a micro-batch is larger than a tile: those levels are taken over if they
+        fit. All else is planned anew within the same memory.
+        """
+        settings = replace(self.settings, tokens=saved.tokens)
+        fresh = _choose(self.dims, settings, self.limit)
+        choice = replace(fresh, head_rows=saved.head_rows, tile=saved.tile)
+        exact = replace(saved, resident_layers=0, parked_moments=fresh.parked_moments)
+        fits = total_bytes(self.dims, settings, exact) <= self.limit and set(saved.levels) <= set(settings.levels)
+        if saved.tokens > saved.tile and fits:
+            choice = with_residency(self.dims, settings, exact, self.limit)
         return replace(self, settings=settings, choice=choice)
 
     def spare_bytes(self, *training: Budget) -> int:
@@ -127,6 +135,7 @@ def plan_budget(
         levels=PLAIN_LEVELS if model.fast is None else LEVELS,
         adapter_params=0 if spec is None else spec.numel,
         plain=model.fast is None,
+        dropout=spec is not None and spec.dropout > 0,
         started=True,
         host_bytes=int(PINNED_SHARE * memory()[1]) if kind == "cuda" else None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import CheckpointError, StateError
 from ..model.adapter import Adapter
 from .base import SavedAdapter, TrainerState
+from .footprint import Choice
 from .interrupts import finish_first
 from .optimiser import FlatAdamW
 from .trainer import Trainer
@@ -108,8 +109,7 @@ def export_state(trainer: Trainer) -> TrainerState:
         "step": trainer.step,
         "calls": trainer.calls,
         "uid": trainer.lineage,
-        "micro_batch_tokens": trainer.budget.micro_batch_tokens,
-        "head_rows": trainer.budget.choice.head_rows,
+        "choice": asdict(trainer.budget.choice),
         "seed": trainer.spec.seed,
         "value_head": trainer.value is not None,
         "reference": trainer.reference is not None,
@@ -122,8 +122,8 @@ def import_state(trainer: Trainer, state: TrainerState, *, keep_cut: bool = Fals
     """Continue from a saved state. Everything is checked before anything changes.
 
     Args:
-        keep_cut: leave the cut into micro-batches and head chunks as this trainer's plan has it. Without it the saved one is
-            taken over: a plan follows the memory that happens to be free, and another cut rounds differently.
+        keep_cut: leave the cut into micro-batches, tiles and head chunks as this trainer's plan has it. Without it the saved
+            one is taken over: a plan follows the memory that happens to be free, and another cut rounds differently.
 
     Raises:
         CheckpointError: another base, geometry or a missing part, with what differs.
@@ -160,9 +160,8 @@ def import_state(trainer: Trainer, state: TrainerState, *, keep_cut: bool = Fals
         trainer.calls, trainer.uid, trainer.loaded_step = state.meta["calls"], state.meta["uid"], state.meta["step"]
         trainer.branch = uuid.uuid4().hex[:12]
         if not keep_cut:
-            trainer.budget = trainer.budget.with_cut(
-                micro_batch_tokens=state.meta["micro_batch_tokens"], head_rows=state.meta["head_rows"]
-            )
+            saved = state.meta["choice"]
+            trainer.budget = trainer.budget.as_before(Choice(**{**saved, "levels": tuple(saved["levels"])}))
 
 
 def _restore(optimiser: FlatAdamW, m: Tensor, v: Tensor, count: Tensor) -> None:

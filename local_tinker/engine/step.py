@@ -21,6 +21,7 @@ from ..model.load import LoadedModel
 from ..model.lora import LoraDropout, LoraPair, gradient_leaf
 from ..types import Datum, ModelInput
 from .base import Unit
+from .footprint import Choice
 
 
 @dataclass(frozen=True)
@@ -178,9 +179,8 @@ def run_forward(
     reference: Weights | None = None,
     value_head: Tensor | None = None,
     gradients: Gradients | None = None,
-    levels: Sequence[str] | None = None,
+    choice: Choice | None = None,
     dropout: LoraDropout | None = None,
-    head_rows: int = CHUNK,
 ) -> LossInputs:
     """The model over one micro-batch: log-probs of the targets and what else the loss `needs`.
 
@@ -188,13 +188,17 @@ def run_forward(
 
     Args:
         gradients: where a backward of the result adds to; None builds no graph.
+        choice: the plan for it; the same one gives the same bits with and without a graph. None: everything is kept.
     """
+    head_rows = CHUNK if choice is None else choice.head_rows
     reference_logprobs = micro.fields.get("reference_logprobs")
     if "reference" in needs and reference_logprobs is None:
         assert reference is not None
-        reference_logprobs = _reference_logprobs(model, micro, reference, head_rows)  # before there is a graph to hold
+        reference_logprobs = _reference_logprobs(
+            model, micro, reference, choice, head_rows
+        )  # before there is a graph to hold
     sink = None if gradients is None else gradients.adapter
-    hidden = _hidden(model, micro, weights, levels=levels, dropout=dropout, sink=sink)
+    hidden = _hidden(model, micro, weights, choice, dropout=dropout, sink=sink)
     pair = weights.head
     if gradients is not None and pair is not None:
         pair = tuple(map(gradient_leaf, pair, sink[weights.head_path]))
@@ -217,8 +221,10 @@ def run_forward(
 
 
 @torch.no_grad()
-def _reference_logprobs(model: LoadedModel, micro: MicroBatch, reference: Weights, head_rows: int) -> Tensor:
-    hidden = _hidden(model, micro, reference)
+def _reference_logprobs(
+    model: LoadedModel, micro: MicroBatch, reference: Weights, choice: Choice | None, head_rows: int
+) -> Tensor:
+    hidden = _hidden(model, micro, reference, choice)
     logprobs, _ = target_logprobs(
         hidden, model.head, micro.targets, pair=reference.head, lora_scale=reference.scale, chunk=head_rows
     )
@@ -229,8 +235,8 @@ def _hidden(
     model: LoadedModel,
     micro: MicroBatch,
     weights: Weights,
+    choice: Choice | None,
     *,
-    levels: Sequence[str] | None = None,
     dropout: LoraDropout | None = None,
     sink: Mapping[str, LoraPair] | None = None,
 ) -> Tensor:
@@ -241,10 +247,11 @@ def _hidden(
         attend=micro.attend,
         pairs=weights.body,
         scale=weights.scale,
-        levels=levels,
+        levels=None if choice is None else choice.levels,
         dropout=dropout,
         sink=sink,
         rows=micro.rows,
+        **({} if choice is None else {"tile": choice.tile}),
     )
 
 

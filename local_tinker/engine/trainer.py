@@ -192,7 +192,6 @@ class Trainer:
         )
         for chosen in cut(call.units, budget=self.budget.micro_batch_tokens):
             micro = micro_batch(call.units, chosen, spec, device=self.model.device)
-            choice = self.budget.choice_for(len(micro.tokens))
             out = run_forward(
                 self.model,
                 micro,
@@ -201,9 +200,8 @@ class Trainer:
                 reference=self.reference_weights() if "reference" in needs else None,
                 value_head=None if value is None else value.weights,
                 gradients=gradients,
-                levels=choice.levels,
+                choice=self.budget.choice_for(len(micro.tokens)),
                 dropout=self._dropout(micro),
-                head_rows=choice.head_rows,
             )
             for backup in backups:
                 backup.wait()
@@ -261,7 +259,7 @@ class Trainer:
                     needs=needs,
                     reference=reference,
                     value_head=None if value is None else value.weights,
-                    head_rows=self.budget.choice_for(len(micro.tokens)).head_rows,
+                    choice=self.budget.choice_for(len(micro.tokens)),
                 ),
             )
 

@@ -11,7 +11,8 @@ adapters, T = m R rounded up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,13 +25,12 @@ from .group import GroupLora, ProjectionGroup, padded
 from .kernels.norm import add_norm, norm_backward
 from .kernels.rope import Angles, HeadLayout, rotate_back_, rotate_qk
 from .kernels.swiglu import gated, gated_backward_
-from .levels import LEVELS
+from .levels import LEVELS, TILE, TILED
 from .lora import LoraDropout, LoraPair
 from .offload import Parked
 from .spec import FamilySpec
 
 Pairs = Mapping[str, LoraPair]
-TILE = 8192  # rows of the MLP that are alive at once where nothing of it is kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,12 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PassInputs:
-    """What is the same for all layers of one pass."""
+    """What is the same for all layers of one pass.
+
+    Attributes:
+        sink: where gradients are added; None: there is no backward. tile: rows of the MLP that are alive at once where
+            nothing of it is kept.
+    """
 
     attend: Attend
     pairs: Pairs
@@ -72,6 +77,7 @@ class PassInputs:
     dropout: LoraDropout | None
     angles: dict[str, Angles]
     sink: Pairs | None
+    tile: int = TILE
     loras: dict[int, GroupLora | None] = field(default_factory=dict)
 
     def lora(self, group: ProjectionGroup) -> GroupLora | None:
@@ -127,7 +133,12 @@ class DecoderBody(torch.autograd.Function):
 
 
 class DecoderPass:
-    """One forward over all layers and, when levels are given, its backward."""
+    """One forward over all layers and, where gradients have somewhere to go, its backward.
+
+    Args:
+        levels: of each layer; without a backward they say which MLPs are computed in tiles, so that both kinds of pass
+            give the same bits. None: where there are more rows than a tile has.
+    """
 
     def __init__(
         self, spec: FamilySpec, decoder: Decoder, call: PassInputs, levels: Sequence[str] | None, rows: Tensor | None
@@ -152,9 +163,13 @@ class DecoderPass:
             h, pending = h.index_select(0, self.rows), pending.index_select(0, self.rows)
         out = torch.empty_like(h)
         total = add_norm(h, pending, self.final_norm, self.spec.norm_eps, self.spec.norm, out=out)
-        if self.levels is not None:
+        if self._keeps:
             self._final = total
         return out
+
+    @property
+    def _keeps(self) -> bool:
+        return self.call.sink is not None
 
     def _layer(self, index: int, flow: list[Tensor | None]) -> tuple[Tensor, Tensor]:
         """Residual and what is still to be added to it -> the same after this layer."""
@@ -162,15 +177,16 @@ class DecoderPass:
         level = None if self.levels is None else self.levels[index]
         h, x = self._enter(*flow, weights.before_attention, weights.qkv, lora(weights.qkv))
         flow.clear()
-        attention, y = self._attention(index, x, keep=level is not None)
+        attention, y = self._attention(index, x, keep=self._keeps)
         del x
         y = self._after(y, weights.after_attention)
-        if level in ("layer", "offload"):
-            self._keep(h, None, _Attention(), _Mlp(), level)
+        if level is None or level in TILED:
+            if self._keeps:
+                self._keep(h, None, _Attention(), _Mlp(), level)
             del attention
             return self._mlp_in_tiles(weights, h, y)
         h2, mlp, z = self._mlp(weights, h, y)
-        if level is not None:
+        if self._keeps:
             self._keep(h, h2, attention, mlp, level)
         return h2, self._after(z, weights.after_mlp)
 
@@ -206,16 +222,36 @@ class DecoderPass:
         return h2, _Mlp(gate_up, thin_gate_up, thin_down, projected), z
 
     def _mlp_in_tiles(self, weights: LayerWeights, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if h.shape[0] <= TILE or self.call.dropout is not None:
+        if self._whole(h):
             h2, _, z = self._mlp(weights, h, y)
             return h2, self._after(z, weights.after_mlp)
         residual, pending = torch.empty_like(h), torch.empty_like(h)
-        for start in range(0, h.shape[0], TILE):
-            rows = slice(start, start + TILE)
-            residual[rows], made, z = self._mlp(weights, h[rows], y[rows])
-            del made  # gate and up, before the next tile's
-            pending[rows] = self._after(z, weights.after_mlp)
+        with self._dense_mlp(weights):
+            for rows in self._tiles(h):
+                residual[rows], made, z = self._mlp(weights, h[rows], y[rows])
+                del made  # gate and up, before the next tile's
+                pending[rows] = self._after(z, weights.after_mlp)
         return residual, pending
+
+    def _whole(self, h: Tensor) -> bool:
+        """Whether the MLP takes all rows at once; a dropout mask is made for all of them."""
+        return h.shape[0] <= self.call.tile or self.call.dropout is not None
+
+    def _tiles(self, h: Tensor) -> list[slice]:
+        return [slice(start, start + self.call.tile) for start in range(0, h.shape[0], self.call.tile)]
+
+    @contextmanager
+    def _dense_mlp(self, weights: LayerWeights) -> Iterator[None]:
+        """The MLP's weights are dequantised once for all tiles."""
+        groups = [g for g in (weights.gate_up, weights.down) if not g.held and g.linears[0].storage != "dense"]
+        try:
+            for group in groups:
+                lora = self.call.lora(group)
+                group.hold(0 if lora is None else lora.width)
+            yield
+        finally:
+            for group in groups:
+                group.release()
 
     def _keep(self, h: Tensor, h2: Tensor | None, attention: _Attention, mlp: _Mlp, level: str) -> None:
         """Let go of what the level does not keep."""
@@ -318,12 +354,12 @@ class DecoderPass:
             del x, y
         if kept.h2 is not None:
             self._mlp_backward(weights, kept.h2, None, kept.mlp, dh)
-        elif h.shape[0] <= TILE or self.call.dropout is not None:
+        elif self._whole(h):
             self._mlp_backward(weights, h, recomputed, kept.mlp, dh)
         else:
-            for start in range(0, h.shape[0], TILE):
-                rows = slice(start, start + TILE)
-                self._mlp_backward(weights, h[rows], recomputed[rows], _Mlp(), dh[rows])
+            with self._dense_mlp(weights):
+                for rows in self._tiles(h):
+                    self._mlp_backward(weights, h[rows], recomputed[rows], _Mlp(), dh[rows])
         del recomputed
         if attention.qkv is None:
             _, x = self._enter(h, None, weights.before_attention, weights.qkv, self.call.lora(weights.qkv))

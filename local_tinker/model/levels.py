@@ -3,6 +3,9 @@
 Legend: H hidden, F intermediate, Q query width, K key width, R rank of the adapter.
 """
 
+TILED = ("layer", "offload")  # nothing of the MLP is kept, so it may be computed in tiles of rows
+TILE = 8192  # rows of such a tile where nobody chooses
+
 # Shallowest first. Norm outputs and act(gate) * up are never kept: they cost one pass over memory to make again, which
 # the backward's own kernels do on the way.
 LEVELS = (

@@ -65,6 +65,7 @@ class PlainRoad:
         dropout: LoraDropout | None = None,
         sink: Pairs | None = None,
         rows: Tensor | None = None,
+        tile: int = 0,  # noqa: ARG002  (transformers' MLP takes all rows at once)
     ) -> Tensor:
         """As `FastRoad.hidden`. Of the levels only whether a layer is run again counts: below "norms" it is."""
         self._inject(pairs)

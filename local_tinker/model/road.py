@@ -19,7 +19,7 @@ from .attention import Attend, VarlenCausal
 from .group import ProjectionGroup
 from .kernels.rope import Angles, HeadLayout
 from .layer import DecoderBody, DecoderPass, LayerWeights, Pairs, PassInputs
-from .levels import LEVELS
+from .levels import LEVELS, TILE
 from .linear import FrozenLinear
 from .lora import LoraDropout
 from .rope import Rope, rope_of
@@ -62,6 +62,7 @@ class FastRoad:
         dropout: LoraDropout | None = None,
         sink: Pairs | None = None,
         rows: Tensor | None = None,
+        tile: int = TILE,
     ) -> Tensor:
         """tokens, positions (N,) int64 -> hidden states after the final norm (N, H), or (M, H) of the chosen rows.
 
@@ -69,19 +70,20 @@ class FastRoad:
             attend: sees the packed q, k, v of each layer; `VarlenCausal` in training, a cache in sampling.
             pairs: module path -> (A, B) in the compute type; empty for the base alone.
             scale: multiplies B A x.
-            levels: what each layer keeps, see `levels.LEVELS`; None: "norms" for all.
+            levels: what each layer keeps, see `levels.LEVELS`; None: "norms" for all. A pass that keeps nothing gives the
+                bits of one that does if it is given the same.
             dropout: on the adapters' inputs.
             sink: module path -> (dA, dB), to which the backward of the result adds; None builds no graph.
-            rows: (M,) increasing positions.
+            rows: (M,) increasing positions. tile: rows of an MLP of which nothing is kept that are alive at once.
         """
         if not pairs.keys() <= self._paths:
             raise ModelError(f"{min(pairs.keys() - self._paths)} is not a projection of this {self.spec.family} model")
-        call = PassInputs(attend, pairs, scale, dropout, self._angles(positions), sink)
+        call = PassInputs(attend, pairs, scale, dropout, self._angles(positions), sink, tile)
         if rows is not None and rows.shape[0] == tokens.shape[0]:
             rows = None
         if sink is None:
             with torch.no_grad():
-                return DecoderPass(self.spec, self.weights, call, None, rows).forward(self.embed(tokens))
+                return DecoderPass(self.spec, self.weights, call, levels, rows).forward(self.embed(tokens))
         assert isinstance(attend, VarlenCausal), "training attends to packed documents"
         levels = tuple(levels or ("norms",) * self.spec.layers)
         assert len(levels) == self.spec.layers and set(levels) <= set(LEVELS), f"levels {levels}"

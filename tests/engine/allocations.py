@@ -221,6 +221,7 @@ def traced_peak(dims: ModelDims, settings: TrainSettings, choice: Choice, docume
                 scale=2.0,
                 levels=choice.levels,
                 sink=sink,
+                tile=choice.tile,
             )
             logprobs, _ = target_logprobs(hidden, head, ids, chunk=choice.head_rows)
             total = logprobs.sum()

@@ -28,6 +28,16 @@ def test_the_predicted_peak_is_what_is_allocated(dims, rank, documents, level):
     assert predicted(dims, settings, choice) == pytest.approx(traced_peak(dims, settings, choice, documents), rel=0.1)
 
 
+@pytest.mark.parametrize("level", ["layer", "offload"])
+@pytest.mark.parametrize("tokens, tile", [(6000, 2048), (8000, 2048), (16000, 4096)])
+def test_tiles_of_the_mlp(level, tokens, tile):
+    dims, settings = replace(LLAMA_3B, layers=6), TrainSettings(rank=32)
+    choice = Choice(tokens=tokens, levels=(level,) * 6, head_rows=512, tile=tile)
+    traced = traced_peak(dims, settings, choice, (tokens,))
+    assert traced < 0.9 * traced_peak(dims, settings, replace(choice, tile=tokens), (tokens,))
+    assert predicted(dims, settings, choice) == pytest.approx(traced, rel=0.1)
+
+
 @pytest.mark.parametrize("resident", [0, 3, 6])
 def test_mixed_levels_and_weights_held(resident):
     dims, settings = replace(LLAMA_3B, layers=6), TrainSettings(rank=32)

@@ -24,7 +24,7 @@ BASE = Choice(tokens=8192, levels=("norms",) * 28)
 def test_recomputation_costs_what_its_operations_cost(dims, rank, gflop):
     settings = TrainSettings(rank=rank, quantize="none")
     for level, expected in zip(("norms", "mlp", "attention_mlp", "layer"), gflop, strict=True):
-        only_operations = Choice(tokens=2**40, levels=(level,) * dims.layers, head_rows=2**30)
+        only_operations = Choice(tokens=2**40, levels=(level,) * dims.layers, head_rows=2**30, tile=2**40)
         found = time_per_token(dims, settings, only_operations, context=2048)
         assert found == pytest.approx(expected * 1e9, rel=0.01), level
 

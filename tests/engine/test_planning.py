@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from local_tinker.engine import planning
-from local_tinker.engine.footprint import standing_parts, total_bytes
+from local_tinker.engine.footprint import Choice, standing_parts, total_bytes
 from local_tinker.engine.planning import plan_budget
 from local_tinker.model.adapter import AdapterSpec
 from local_tinker.model.load import load_model
@@ -71,9 +71,20 @@ def test_running_out_makes_the_longest_documents_choice_smaller_until_nothing_is
 
 def test_another_runs_cut_is_taken_over_and_the_levels_planned_anew(model):
     budget = budget_of(model, int(1.5 * needed(budget_of(model, 2**40))))
-    other = budget.with_cut(micro_batch_tokens=9000, head_rows=512)
-    assert (other.micro_batch_tokens, other.head_rows, other.limit) == (9000, 512, budget.limit)
+    saved = Choice(tokens=9000, levels=("layer",) * 2, head_rows=512, tile=9000)
+    other = budget.as_before(saved)
+    assert (other.micro_batch_tokens, other.head_rows, other.choice.tile) == (9000, 512, 9000)
+    assert other.limit == budget.limit and other.choice.levels == ("norms",) * 2
     assert other.smaller(0) is not None
+
+
+def test_levels_that_decide_the_rounding_are_taken_over_where_they_fit(model):
+    roomy = budget_of(model, 2**40)
+    saved = Choice(tokens=9000, levels=("layer", "mlp"), head_rows=512, tile=2000)
+    assert roomy.as_before(saved).choice.levels == saved.levels
+    assert roomy.as_before(saved).choice.resident_layers == roomy.choice.resident_layers
+    small = budget_of(model, needed(budget_of(model, 0)))
+    assert small.as_before(saved).choice.levels == ("layer", "layer")
 
 
 def test_what_no_training_wants_is_spare(model):
