@@ -177,14 +177,18 @@ class DecoderPass:
         level = None if self.levels is None else self.levels[index]
         h, x = self._enter(*flow, weights.before_attention, weights.qkv, lora(weights.qkv))
         flow.clear()
+        parked = self._park(h) if self._keeps and level == "offload" else None
         attention, y = self._attention(index, x, keep=self._keeps)
         del x
         y = self._after(y, weights.after_attention)
         if level is None or level in TILED:
             if self._keeps:
-                self._keep(h, None, _Attention(), _Mlp(), level)
+                self._keep(h if parked is None else parked, None, _Attention(), _Mlp(), level)
             del attention
-            return self._mlp_in_tiles(weights, h, y)
+            made = self._mlp_in_tiles(weights, h, y)
+            if parked is not None:
+                parked.leave()
+            return made
         h2, mlp, z = self._mlp(weights, h, y)
         if self._keeps:
             self._keep(h, h2, attention, mlp, level)
@@ -253,7 +257,7 @@ class DecoderPass:
             for group in groups:
                 group.release()
 
-    def _keep(self, h: Tensor, h2: Tensor | None, attention: _Attention, mlp: _Mlp, level: str) -> None:
+    def _keep(self, h: Tensor | Parked, h2: Tensor | None, attention: _Attention, mlp: _Mlp, level: str) -> None:
         """Let go of what the level does not keep."""
         depth = LEVELS.index(level)
         if depth >= LEVELS.index("mlp"):
@@ -262,7 +266,7 @@ class DecoderPass:
             attention.qkv = attention.thin_qkv = None
             if not isinstance(attention.kept, Tensor):  # a recorded graph would hold q, k and v
                 attention.out = attention.kept = None
-        self._kept.append(_Kept(self._park(h) if level == "offload" else h, h2, attention, mlp))
+        self._kept.append(_Kept(h, h2, attention, mlp))
 
     def _park(self, h: Tensor) -> Parked:
         if self._stream is None and h.is_cuda:
@@ -332,12 +336,16 @@ class DecoderPass:
             inner.zero_().index_copy_(0, self.rows, through)
         self._final = None
         first = min((i for i, layer in enumerate(self.layers) if self._adapted(layer)), default=self.spec.layers)
-        for index in reversed(range(first, self.spec.layers)):
-            kept = self._kept.pop()
-            if self._kept and isinstance(self._kept[-1].h, Parked):
-                self._kept[-1].h.fetch()
-            self._layer_backward(index, kept, wide, last=index == first)
-        self._kept.clear()
+        try:
+            for index in reversed(range(first, self.spec.layers)):
+                kept = self._kept.pop()
+                if self._kept and isinstance(self._kept[-1].h, Parked):
+                    self._kept[-1].h.fetch()
+                self._layer_backward(index, kept, wide, last=index == first)
+        finally:
+            if self._stream is not None:
+                torch.cuda.current_stream(grad.device).wait_stream(self._stream)
+            self._kept.clear()
 
     def _adapted(self, layer: LayerWeights) -> bool:
         return any(self.call.lora(group) is not None for group in layer.groups)

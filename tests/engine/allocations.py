@@ -104,6 +104,9 @@ class _Parked:
     def __init__(self, tensor: Tensor, stream) -> None:
         self._shape, self._back = tensor.shape, None
 
+    def leave(self) -> None:
+        pass
+
     def fetch(self) -> None:
         if self._back is None:
             self._back = torch.empty(self._shape, dtype=BF16, device="meta")
