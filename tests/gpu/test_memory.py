@@ -1,16 +1,18 @@
 """Memory on a card: real exhaustion, parked moments, copies beside the computation. Run by hand: pytest -m gpu tests/gpu."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
 
-from local_tinker import ServiceClient
+from local_tinker import Datum, ModelInput, ServiceClient
 from local_tinker.engine import out_of_memory
 from local_tinker.engine.optimiser import FlatAdamW, GradientWindow, clip
 from local_tinker.errors import DeviceMemoryError
+from local_tinker.model.levels import LEVELS
 from local_tinker.types import AdamParams
-from tests.test_training import ROWS, everything, inner, same
+from tests.test_training import ROWS, everything, inner, relative, same
 
 pytestmark = [
     pytest.mark.gpu,
@@ -155,3 +157,32 @@ def test_giving_back_returns_what_a_failed_attempt_held():
 
     out_of_memory.until_it_fits(attempt, step_down=lambda: abs(allocated() - start) < MIB)
     assert len(held) == 3 and abs(allocated() - start) < MIB
+
+
+def long_rows(count, tokens):
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(0, 32000, (count, tokens + 1), generator=generator).tolist()
+    return [Datum(ModelInput.from_ints(row[:-1]), {"target_tokens": row[1:]}) for row in rows]
+
+
+@pytest.mark.parametrize("quantize", ["4bit", None])
+def test_what_layers_keep_and_tiles_change_rounding_at_most_and_parking_not_even_that(folder, quantize):
+    trainer, found = trainer_on(folder, quantize=quantize, dtype="bfloat16", micro_batch_tokens=8192), {}
+    state = inner(trainer)
+    state.adapter.master.normal_(generator=torch.Generator("cuda").manual_seed(5), std=0.02)
+    state.adapter.refresh()
+    batch, budget = long_rows(8, 2000), state.budget
+    for level in LEVELS:
+        for tile in (8192, 2048):
+            choice = replace(budget.choice, levels=(level,) * 4, tile=tile, resident_layers=0)
+            state.budget = replace(budget, choice=choice)
+            for attempt in range(3):  # the host is far ahead by the third
+                trainer.forward_backward(batch)
+                gradient = state.window.gradient().clone()
+                state.discard_gradients()
+                assert attempt == 0 or torch.equal(gradient, found[level, tile])
+                found[level, tile] = gradient
+    want = found["norms", 8192]
+    assert all(relative(gradient, want) < 2e-2 for gradient in found.values())
+    assert torch.equal(found["layer", 2048], found["offload", 2048])
+    assert torch.equal(found["layer", 8192], found["offload", 8192])
