@@ -45,6 +45,7 @@ class Common:
         help="File, glob, folder, hub id (org/name#train[:1000]) or built-in task.",
         aliases=("dataset_name", "dataset_path", "data", "train_file"),
     )
+    columns: str | None = option(None, "Your columns under our names: prompt=question,answer=reply.")
     name: str | None = option(None, "Name of the run's folder; default: loss and model.", aliases=("run_name",))
 
     rank: int = option(32, "Rank of the adapter.", aliases=("lora_r", "lora_rank", "r"), least=1)

@@ -8,9 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, LocalTinkerError, UsageError
+from ..errors import CheckpointError, LocalTinkerError
 from . import report
-from .config import Common, nearest, resolved
+from .config import Common, resolved
 from .saving import Saver, check_disk
 from .signals import Signals
 
@@ -146,6 +146,7 @@ class Session:
     def __enter__(self) -> Session:
         from ..runs import Run
         from ..track import TrackedRun, open_trackers
+        from .early import tracker_names
 
         config = self.config
         values = resolved(config, self.loss)
@@ -245,19 +246,6 @@ def run_name(config: Common, loss: str) -> str:
     return config.name or re.sub(r"[^A-Za-z0-9._-]+", "-", f"{loss}-{Path(config.model).name}").strip(".-")[:80]
 
 
-def tracker_names(config: Common) -> list[str]:
-    """The trackers asked for, known ones only."""
-    from ..track import TRACKERS
-
-    names = [name.strip() for name in config.report_to.split(",") if name.strip()]
-    for name in names:
-        if name != "none" and name not in TRACKERS:
-            raise UsageError(
-                f"report_to: no tracker {name!r}{nearest(name, TRACKERS)}; there are none, {', '.join(TRACKERS)}"
-            )
-    return names
-
-
 # -- shared steps of the recipes ---------------------------------------------------------------------------------------
 
 
@@ -268,15 +256,12 @@ def prepare(config: Common, loss: str) -> tuple[Any, Data]:
         the trainer and the rows as read.
     """
     from .. import ServiceClient  # here, so that --help does not wait for it
-    from ..model import catalogue
+    from . import early
     from .data import load_data
-    from .scoring import find_reward
 
-    tracker_names(config)
-    if hasattr(config, "reward"):
-        find_reward(config.reward)
-    catalogue.check_name(config.model)
+    early.check_config(config)
     data = load_data(config, say=report.say)
+    early.check_rows(config, data, loss)
     report.print_config(resolved(config, loss))
     service = ServiceClient(deterministic=config.deterministic)
     announce_plan(config, service.hardware)

@@ -15,6 +15,7 @@ from .config import Common, Option, nearest, options
 
 PREFIX = "LOCAL_TINKER_"
 _NOT_OPTIONS = {"CACHE"}  # variables of ours that name no field
+_LISTS = {"target_modules", "report_to", "columns"}  # words with commas, which a file may give as a list or mapping
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 # A switch of other tools -> our field and its value.
@@ -228,6 +229,9 @@ def _prepared(given: Given, each: Option) -> Any:
     # true is an int in Python; a switch written where a number belongs is a mistake
     if isinstance(value, bool) and each.kind is not bool:
         raise UsageError(f"{given.where}: got {str(value).lower()}, {each.wants()} is needed")
+    if each.name in _LISTS and isinstance(value, list | dict):
+        words = [f"{key}={item}" for key, item in value.items()] if isinstance(value, dict) else map(str, value)
+        return ",".join(words)
     if each.optional and isinstance(value, str) and value.lower() in ("none", "null"):
         return None
     return value

@@ -127,7 +127,7 @@ def test_a_run_is_resumed_by_its_folder_from_its_last_checkpoint(words, tmp_path
     assert [each.name for each in sorted(run.checkpoints.iterdir())] == ["step-000002", "step-000003"]
     assert app.main(["run", "--resume", str(run.path)]) == 0
     assert the_run().status == "finished" and len(losses(the_run())) >= 5
-    assert app.main(["run", "--resume", str(run.path)]) == 1  # it is finished
+    assert app.main(["run", "--resume", str(run.path)]) == 2  # it is finished
 
 
 def test_a_second_interrupt_stops_at_once_and_still_saves_a_loadable_state(
