@@ -86,6 +86,8 @@ def load_rows(
     """
     name, tell = os.fspath(source), say or (lambda message: None)
     limit = _check_count("limit", None if limit == -1 else limit)
+    if limit == 0:
+        raise UsageError("limit=0 keeps no row; give a number of rows, or -1 for all")
     _check_count("max_bad", max_bad)
     where, split = _split_source(name, split)
     # A slice is taken first and the limit after it, so files are then read whole.

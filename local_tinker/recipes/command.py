@@ -15,16 +15,6 @@ from . import RECIPES, find_recipe, sources
 from .config import Common, help_lines, nearest, options
 from .shipped import beside, shipped
 
-_ACTIONS = {
-    "-c": "config",
-    "--config": "config",
-    "--resume": "resume",
-    "--fresh": "fresh",
-    "--dry-run": "dry_run",
-    "--loss": "loss",
-    "-h": "help",
-    "--help": "help",
-}
 INTERRUPTED = 130
 _SUMMARY = "Train, with progress, checkpoints and a record of the run."
 
@@ -53,7 +43,7 @@ def split(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     flags, rest = [], list(words)
     while rest:
         word, equals, value = rest.pop(0).partition("=")
-        name = _ACTIONS.get(word.replace("_", "-") if word.startswith("--") else word)
+        name = sources.ACTIONS.get(word.replace("_", "-") if word.startswith("--") else word)
         if name is None:
             flags.append(word + equals + value)
             # a value is never mistaken for an action

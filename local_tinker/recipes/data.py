@@ -52,7 +52,8 @@ def load_data(config: Common, *, say: Callable[[str], None]) -> Data:
         count = round(config.eval_fraction * len(rows))
         if not 1 <= count < len(rows):
             raise UsageError(
-                f"eval_fraction={config.eval_fraction:g} of {len(rows)} rows holds out {count}; both parts need a row"
+                f"eval_fraction={config.eval_fraction:g} of {len(rows)} rows holds out {count}; both parts need a row: "
+                "change it, or give eval_dataset"
             )
         chosen = set(random.Random(f"held out {config.seed}").sample(range(len(rows)), count))
         rows, held_out = _pick(rows, [i for i in range(len(rows)) if i not in chosen]), _pick(rows, sorted(chosen))

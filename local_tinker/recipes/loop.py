@@ -171,7 +171,8 @@ class Session:
         except BaseException as error:
             self.run.finish("failed", f"{type(error).__name__}: {error}")
             raise
-        report.say(f"run {self.run.path}, {self.total - self.step:,} steps of {config.batch_size} rows")
+        steps, rows = self.total - self.step, min(config.batch_size, len(self.data.rows))
+        report.say(f"run {self.run.path}, {steps:,} {'step' if steps == 1 else 'steps'} of {rows} rows")
         self._progress = report.ProgressReport(self.total, done=self.step)
         self._signals.install()
         return self
@@ -272,6 +273,8 @@ def order_of(config: Common, data: Data) -> Batches:
     """The batches of the whole run: `max_steps` of them, or `epochs` passes."""
     from .. import batches
 
+    if config.batch_size > len(data.rows):
+        report.say(f"batch_size={config.batch_size:,} is more than the {len(data.rows):,} rows: a step takes them all")
     order = batches(data.rows, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)
     if config.max_steps and config.max_steps > len(order):
         epochs = -(-config.max_steps // order.per_epoch)
