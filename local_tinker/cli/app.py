@@ -122,6 +122,8 @@ def help_text() -> str:
             "Options:",
             "  -h, --help     This text; after a command, the command's own.",
             "  -V, --version  The installed version.",
+            "",
+            "Exit codes: 0 ok, 1 failed run, 2 usage, 3 environment, 4 out of memory, 130 interrupted.",
         ]
     )
 

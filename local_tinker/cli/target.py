@@ -13,12 +13,15 @@ from ..runs import Run, list_runs
 _WEIGHTS = "adapter_model.safetensors"
 
 
-def open_sampler(word: str, *, root: str | Path, quantize: str, seed: int = 42) -> Any:
-    """A SamplingClient of what `word` names; loads the base model."""
+def open_sampler(word: str, settings: dict[str, Any], *, root: str | Path, quantize: str, seed: int = 42) -> Any:
+    """A SamplingClient of what `word` names; loads the base model, once `settings` are known to be in range."""
     if quantize not in ("4bit", "8bit", "none"):
         raise UsageError(f"--quantize must be one of 4bit, 8bit, none, got {quantize!r}")
     target = find_target(word, root)
+    from ..sampler.sequence import SamplingParams
     from ..service import ServiceClient
+
+    SamplingParams(**settings)
 
     chosen = None if quantize == "none" else quantize
     return ServiceClient().create_sampling_client(target, quantize=chosen, seed=seed)
@@ -36,6 +39,10 @@ def find_target(word: str, root: str | Path, *, say: Callable[[str], None] | Non
     if (path / "run.json").is_file():
         return _weights_of(Run.open(path))
     if path.exists():
+        if not (path / "config.json").is_file() and list_runs(path):
+            raise UsageError(
+                f"{word} is a folder of runs, not one of them; `local-tinker runs list --root {word}` shows them"
+            )
         return word
     if lookup.is_run_path(word):
         return _weights_of(lookup.find_run(word, root, say=say))

@@ -141,3 +141,9 @@ def test_a_path_into_the_runs_is_no_hub_id(trained, monkeypatch, capsys):
 def test_a_run_named_like_a_model_does_not_hide_the_model(tmp_path):
     Run.create(tmp_path, "qwen3-4b", config={}).finish("finished")
     assert find_target("qwen3-4b", tmp_path) == "qwen3-4b"
+
+
+def test_a_folder_of_runs_is_said_to_be_one(trained, capsys):
+    root, _ = trained
+    assert ask(root, "dog?") == 2
+    assert f"{root} is a folder of runs, not one of them" in capsys.readouterr().err
