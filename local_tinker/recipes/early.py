@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoint import check_name
 from ..data import formats
 from ..errors import ModelError, UsageError
 from ..model import catalogue
+from ..runs import RECORD, Run
 from ..track import TRACKERS, check_installed
-from .config import Common, nearest
+from .config import Common, nearest, run_name
 from .scoring import find_reward
 
 if TYPE_CHECKING:
@@ -23,23 +25,28 @@ def check_config(config: Common) -> None:
     Raises:
         UsageError, ModelError, MissingDependencyError: the first thing that would end the run later.
     """
+    check_name(run_name(config, "run"))
     check_installed(tracker_names(config))
     check_folder(config.output_dir)
-    catalogue.check_name(config.model)
+    _check_model(config.model)
     if hasattr(config, "max_tokens"):
         _check_room(config)
 
 
 def check_rows(config: Common, data: Data, loss: str) -> None:
-    """The shape of every row, and the columns of a reward function.
+    """The shape and the fields of every row, and the columns of a reward function.
 
     Raises:
-        DatasetError: no shape for this loss, with file and line. UsageError: a column that the reward needs.
+        DatasetError: a row that cannot be read for this loss, with file and line. UsageError: a column that the reward needs.
     """
-    if not config.max_bad:
-        for rows in (data.rows, data.held_out):
-            for row in rows:
-                formats.recognise(row, loss)
+    for rows in (data.rows, data.held_out) if not config.max_bad else ():
+        first = None
+        for row in rows:
+            shape = formats.recognise(row, loss)
+            first = first or shape
+            if shape != first and loss not in formats.POLICY_LOSSES:
+                raise formats.mixed(row, first, shape)
+            formats.to_example(row, loss, shape=shape)
     if hasattr(config, "reward"):
         from .data import columns_of
 
@@ -66,6 +73,17 @@ def check_folder(name: str) -> None:
         raise UsageError(f"output_dir {name!r} cannot hold runs: {exists} is not a folder; name another output_dir")
     if not os.access(exists, os.W_OK | os.X_OK):
         raise UsageError(f"output_dir {name!r} cannot hold runs: {exists} cannot be written; name another output_dir")
+
+
+def _check_model(name: str) -> None:
+    path = Path(name)
+    if (path / RECORD).is_file():
+        base = Run.open(path).config.get("model", "its base model")
+        raise UsageError(
+            f"model {name!r} is a run, which holds an adapter: name its base model, {base}; from Python, "
+            f'create_lora_training_client({base!r}, adapter="{path / "adapter"}") trains on from it'
+        )
+    catalogue.check_name(name)
 
 
 def _check_room(config: Common) -> None:

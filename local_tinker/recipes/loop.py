@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, LocalTinkerError
 from . import report
-from .config import Common, resolved
+from .config import Common, resolved, run_name
 from .saving import Saver, check_disk
 from .signals import Signals
 
@@ -237,14 +236,6 @@ class Session:
         for row in self.run.metrics():
             self.first = {**row, **self.first} if row["step"] <= self.step else self.first
         report.say(f"resuming {self.run.id} after step {self.step}")
-
-
-# -- runs --------------------------------------------------------------------------------------------------------------
-
-
-def run_name(config: Common, loss: str) -> str:
-    """The config's name, or loss and model as one plain path component."""
-    return config.name or re.sub(r"[^A-Za-z0-9._-]+", "-", f"{loss}-{Path(config.model).name}").strip(".-")[:80]
 
 
 # -- shared steps of the recipes ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from local_tinker.data.rows import Row, Rows, RowSource
 from local_tinker.errors import DatasetError, UsageError
 from local_tinker.recipes import early
 from local_tinker.recipes.data import renamed
+from local_tinker.runs import Run
 
 
 @pytest.mark.parametrize(
@@ -16,6 +17,12 @@ from local_tinker.recipes.data import renamed
     [
         (dict(report_to="wandb"), 3, "the wandb tracker needs wandb, which is not installed: pip install wandb"),
         (dict(output_dir="rows.jsonl/runs"), 2, "rows.jsonl is not a folder; name another output_dir"),
+        (dict(name="a/b"), 2, "got the name 'a/b': a name is 1 to 128 of"),
+        (
+            dict(model="some-run"),
+            2,
+            "model 'some-run' is a run, which holds an adapter: name its base model, smollm2-135m",
+        ),
         (dict(loss="dpo"), 2, "rows.jsonl, line 1: no shape for loss 'dpo' among the columns messages"),
         (dict(loss="grpo", max_tokens=256), 2, "max_tokens=256 leaves no room for a prompt in the context of"),
         (dict(loss="grpo", max_tokens=9, max_length=9), 2, "leaves no room for a prompt in max_length, 9 tokens"),
@@ -28,17 +35,29 @@ from local_tinker.recipes.data import renamed
 def test_a_mistake_is_said_before_the_config_is_shown(words, tmp_path, monkeypatch, capsys, changes, code, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.py").write_text("def f(:\n")
+    Run.create(tmp_path / "past", "x", config={"model": "smollm2-135m"}).path.rename(tmp_path / "some-run")
     assert app.main(["run", *words(**changes)]) == code
     said = capsys.readouterr()
     assert says in said.err and said.out == "" and not (tmp_path / "runs").exists()
 
 
-def test_a_row_without_a_shape_is_named_before_the_config_is_shown(words, rows_file, capsys):
-    rows_file.write_text(rows_file.read_text() + '{"messages": null, "note": "x"}\n')
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"note": "x"}, "no shape for loss 'sft'"),
+        ({"text": "x"}, "mixed rows: the rows before are messages, this one is text"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message to train on"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named_before_the_config_is_shown(words, rows_file, capsys, row, says):
+    rows_file.write_text(rows_file.read_text() + json.dumps(row) + "\n")
     assert app.main(["run", *words()]) == 2
     said = capsys.readouterr()
-    assert "rows.jsonl, line 11: no shape" in said.err and said.out == ""
-    # with bad rows allowed it is one of them
+    assert "rows.jsonl, line 11" in said.err and says in said.err and said.out == ""
+
+
+def test_bad_rows_that_are_allowed_are_left_to_the_preflight(words, rows_file):
+    rows_file.write_text(rows_file.read_text() + '{"note": "x"}\n')
     assert app.main(["run", *words(max_bad=1), "--dry-run"]) == 0
 
 
