@@ -320,7 +320,8 @@ def finish(session: Session, *, max_tokens: int = _ANSWER_TOKENS) -> Path:
         if name in session.first and (name in ("loss", *session.headline) or name.startswith("eval_"))
     ]
     changes = [f"{name} {session.first[name]:.4f} -> {session.last[name]:.4f}" for name in told]
-    report.print_lines(["", f"finished after {session.step:,} steps: {', '.join(changes)}"])
+    steps = f"{session.step:,} {'step' if session.step == 1 else 'steps'}"
+    report.print_lines(["", f"finished after {steps}: {', '.join(changes)}"])
     print(f"adapter: {run.adapter}")
     best = run.record.get("best")
     if best is not None and best["folder"] != "adapter":
