@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -66,12 +66,19 @@ class Reward:
         """One reward a completion; prompts, completions and columns have equal lengths."""
         if self.batched:
             return self._call_batched(list(prompts), list(completions), columns)
-        self._need({"prompt", "completion", *columns}, positional=0 if "completion" in self._parameters else 2)
+        self.check_columns(columns)
         scores = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             score = self._call_one(prompt, completion, {name: values[i] for name, values in columns.items()})
             scores.append(check_reward(score, f"what {self.__name__} returned for completion {i}"))
         return scores
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raise UsageError when the function needs a column that is not among these."""
+        if self.batched:
+            self._need({"prompts", "completions", "completion_ids", *columns}, positional=0)
+        else:
+            self._need({"prompt", "completion", *columns}, positional=0 if "completion" in self._parameters else 2)
 
     @property
     def _takes_any(self) -> bool:

@@ -6,7 +6,7 @@ Shapes: P prompts, G completions a prompt.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from .arguments import refuse_unknown
@@ -170,15 +170,14 @@ class SamplingClient:
             return self._renderer.generation_prompt(prompt)
         if isinstance(prompt, Mapping):
             raise UsageError("a prompt is a list of messages, got one message; put it in a list")
-        items = list(prompt)
+        items = list(prompt) if isinstance(prompt, Iterable) else []
         if items and all(isinstance(item, Mapping) for item in items):
             return self._renderer.generation_prompt(items)
         if items and all(isinstance(item, int) and not isinstance(item, bool) for item in items):
             return items
-        kinds = sorted({type(item).__name__ for item in items}) or ["nothing"]
-        raise UsageError(
-            f"a prompt is a string, a list of messages or a list of token ids; got a list of {', '.join(kinds)}"
-        )
+        kinds = ", ".join(sorted({type(item).__name__ for item in items})) or "nothing"
+        got = f"a list of {kinds}" if isinstance(prompt, Iterable) else type(prompt).__name__
+        raise UsageError(f"a prompt is a string, a list of messages or a list of token ids; got {got}")
 
     def _requests(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[Request]:
         """All prompts are read before the first unseeded draw is counted, so a bad one costs none."""

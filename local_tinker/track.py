@@ -6,6 +6,7 @@ Nothing is imported or contacted unless named, and nothing ever prompts.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from .checkpoint import parse_json, replace_file
 from .errors import CheckpointError, MissingDependencyError, UsageError
 
 METRICS = "metrics.jsonl"
+_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 _RESERVED = ("step", "time")
 # JSON has no such numbers, and a diverged loss must still be recorded.
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -94,7 +96,7 @@ class TensorBoardTracker:
     """Event files in the run's folder under `tensorboard/`."""
 
     def __init__(self, run: TrackedRun) -> None:
-        module = _import("tensorboardX", "tensorboard")
+        module = _import("tensorboard")
         # Events after the resumed step are hidden by the viewer, as metrics.jsonl drops them.
         purge = None if run.resume_step is None else run.resume_step + 1
         self._writer = module.SummaryWriter(logdir=str(Path(run.folder) / "tensorboard"), purge_step=purge)
@@ -111,7 +113,7 @@ class WandbTracker:
     """Weights & Biases: project from WANDB_PROJECT or "local-tinker"; the run folder's name is the run id."""
 
     def __init__(self, run: TrackedRun) -> None:
-        module = _import("wandb", "wandb")
+        module = _import("wandb")
         # Without a key wandb.init asks for one on the terminal, and hangs where there is none.
         offline = os.environ.get("WANDB_MODE", "").lower() in ("offline", "dryrun", "disabled")
         if not (offline or os.environ.get("WANDB_API_KEY") or _wandb_has_key(module)):
@@ -139,7 +141,7 @@ class TrackioTracker:
     """trackio, on this machine: project from TRACKIO_PROJECT or "local-tinker"."""
 
     def __init__(self, run: TrackedRun) -> None:
-        module = _import("trackio", "trackio")
+        module = _import("trackio")
         self._run = module.init(
             project=os.environ.get("TRACKIO_PROJECT", "local-tinker"),
             name=Path(run.folder).name,
@@ -269,10 +271,21 @@ def _wandb_has_key(wandb: ModuleType) -> bool:
         ) from error
 
 
-def _import(module: str, tracker: str) -> ModuleType:
+def check_installed(names: Iterable[str]) -> None:
+    """Raise MissingDependencyError for a tracker whose package is not here; imports none of them."""
+    for name in names:
+        module = _PACKAGES.get(name)
+        if module and importlib.util.find_spec(module) is None:
+            raise _missing(module, name)
+
+
+def _missing(module: str, tracker: str) -> MissingDependencyError:
+    return MissingDependencyError(f"the {tracker} tracker needs {module}, which is not installed: pip install {module}")
+
+
+def _import(tracker: str) -> ModuleType:
+    module = _PACKAGES[tracker]
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingDependencyError(
-            f"the {tracker} tracker needs {module}, which is not installed: pip install {module}"
-        ) from error
+        raise _missing(module, tracker) from error

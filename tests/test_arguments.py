@@ -23,7 +23,14 @@ def trainer(tiny_model):
         ("sample", "max_new_tokens", "sample has no keyword 'max_new_tokens': write max_tokens"),
         ("sample_batch", "num_return_sequences", "write n;"),
         ("stream", "max_length", "write max_tokens"),
-        ("sample", "num_return_sequences", "has no keyword 'num_return_sequences'; it takes prompt"),
+        (
+            "sample",
+            "num_return_sequences",
+            "'num_return_sequences': it is sample_batch([prompt], n=...); it takes prompt",
+        ),
+        ("sample", "sampling_params", "it is keywords here, such as max_tokens=64"),
+        ("optim_step", "wd", "write weight_decay"),
+        ("optim_step", "epsilon", "write eps"),
     ],
 )
 def test_a_keyword_of_another_library_is_answered_with_ours(trainer, verb, word, says):
@@ -36,8 +43,40 @@ def test_a_keyword_of_another_library_is_answered_with_ours(trainer, verb, word,
 
 @pytest.mark.parametrize(
     ("word", "meant"),
-    [("r", "rank"), ("lora_alpha", "alpha"), ("load_in_4bit", 'quantize="4bit"'), ("max_seq_length", "max_length")],
-)
+    [("r", "rank"), ("lora_alpha", "alpha"), ("load_in_4bit", 'quantize="4bit"'), ("max_seq_length", "max_length"),
+     ("model_name", "base_model"), ("train_mlp", "target_modules")],
+)  # fmt: skip
 def test_a_lora_keyword_of_peft_or_trl_is_answered_with_ours(service, tiny_model, word, meant):
     with pytest.raises(UsageError, match=f"has no keyword '{word}': write {meant}; it takes base_model, rank"):
         service.create_lora_training_client(str(tiny_model), **{word: 16})
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("learning_rate", "it is optim_step(learning_rate=...)"),
+        ("per_device_train_batch_size", "it is batches(rows, batch_size=...), which is the effective size"),
+        ("num_train_epochs", "it is batches(rows, epochs=...)"),
+        ("use_gradient_checkpointing", "it is decided by the memory plan"),
+    ],
+)
+def test_a_keyword_of_another_call_is_answered_with_that_call(service, tiny_model, word, says):
+    with pytest.raises(UsageError) as caught:
+        service.create_lora_training_client(str(tiny_model), **{word: 1})
+    assert f"has no keyword '{word}': {says}" in str(caught.value)
+
+
+def test_an_option_of_another_librarys_loss_is_answered_with_ours(trainer):
+    groups = trainer.save_weights_and_get_sampling_client().sample_batch(["a"], n=2, max_tokens=2)
+    for word, says in (("epsilon", "write clip_low"), ("kl_coef", "write beta"), ("lr", "it is optim_step(")):
+        with pytest.raises(UsageError) as caught:
+            trainer.forward_backward(groups, [[0.0, 1.0]], loss_fn="grpo", **{word: 0.1})
+        assert f"'grpo' has no option '{word}': {says}" in str(caught.value)
+    with pytest.raises(UsageError, match="optim_step has no setting 'lr': write learning_rate"):
+        trainer.optim_step({"lr": 1e-4})
+
+
+@pytest.mark.parametrize(("prompt", "got"), [(None, "got NoneType"), (3, "got int"), (["a"], "got a list of str")])
+def test_what_is_no_prompt_is_named(trainer, prompt, got):
+    with pytest.raises(UsageError, match=f"a prompt is a string, a list of messages or a list of token ids; {got}$"):
+        trainer.save_weights_and_get_sampling_client().sample(prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import inspect
 import sys
@@ -24,8 +25,21 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "doctor": ("doctor", "doctor", "Check GPU, drivers, libraries and caches, and say how to fix what is wrong."),
 }
 
+# What other tools call them.
+_ELSEWHERE = {
+    **dict.fromkeys(("train", "fit", "tune", "finetune", "fine-tune"), "run"),
+    **{loss: f"run --loss {loss}" for loss in ("sft", "dpo", "grpo", "ppo")},
+    **dict.fromkeys(("generate", "complete", "infer", "predict"), "sample"),
+    **dict.fromkeys(("list", "ls", "history"), "runs list"),
+    **dict.fromkeys(("show", "compare"), "runs"),
+    **dict.fromkeys(("env", "info", "check"), "doctor"),
+    "resume": "run --resume",
+    "demo": "quickstart",
+    "memory": "plan",
+}
 PROGRAM = "local-tinker"
 INTERRUPTED = 130
+_DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # whoever read the output has left; keep the interpreter from complaining when it flushes
         sys.stdout = None
+        return 1
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        if error.filename is None:  # what was printed went to a file: it must not fail again when it is flushed
+            sys.stdout = None
+        output.error(f"{error.filename or 'the output'} cannot be written: {error.strerror}")
         return 1
 
 
@@ -81,6 +102,8 @@ def run_typer(command: Callable, words: list[str], *, name: str, summary: str) -
     except typer.Abort:
         output.note("interrupted")
         return INTERRUPTED
+    if code == INTERRUPTED:  # what typer makes of Ctrl-C
+        output.note("interrupted")
     return code if isinstance(code, int) else 0
 
 
@@ -99,6 +122,8 @@ def help_text() -> str:
             "Options:",
             "  -h, --help     This text; after a command, the command's own.",
             "  -V, --version  The installed version.",
+            "",
+            "Exit codes: 0 ok, 1 failed run, 2 usage, 3 environment, 4 out of memory, 130 interrupted.",
         ]
     )
 
@@ -115,14 +140,23 @@ def version() -> str:
 
 def _unknown(word: str) -> str:
     kind = "option" if word.startswith("-") else "command"
-    choices = ["--help", "--version"] if kind == "option" else list(COMMANDS)
+    choices = {name: name for name in ("--help", "--version")}
+    if kind == "command":
+        choices = {name: name for name in COMMANDS} | _ELSEWHERE
     close = difflib.get_close_matches(word.replace("_", "-").lower(), choices, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"see `{PROGRAM} --help`"
+    hint = f"did you mean {choices[close[0]]}?" if close else f"see `{PROGRAM} --help`"
     return f"no {kind} {word!r}; {hint}"
 
 
 def _usage(error: Exception, name: str) -> str:
-    possible = getattr(error, "possibilities", None)
-    message = str(getattr(error, "message", error)) if possible else error.format_message()
-    hint = f"did you mean {' or '.join(sorted(possible))}?" if possible else f"see `{PROGRAM} {name} --help`"
-    return f"{message.rstrip('.')}; {hint}"
+    if not hasattr(error, "possibilities"):  # anything but an unknown option
+        return f"{error.format_message().rstrip('.')}; see `{PROGRAM} {name} --help`"
+    from ..arguments import meant
+
+    word, close = error.option_name, error.possibilities or []
+    known = [flag[2:].replace("-", "_") for each in error.ctx.command.params for flag in each.opts]
+    ours = meant(word.lstrip("-").replace("-", "_"), known)
+    if ours:  # a keyword, such as quantize="4bit", as a flag
+        close = ["--" + ours.replace("_", "-").replace("=", " ").replace('"', "")]
+    hint = f"did you mean {' or '.join(sorted(close))}?" if close else f"see `{PROGRAM} {name} --help`"
+    return f"no option {word}; {hint}"

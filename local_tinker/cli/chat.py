@@ -28,14 +28,15 @@ def chat(
     root: Annotated[str, typer.Option(help="The folder that holds the runs.")] = "runs",
 ) -> None:
     """Talk to a model: answers appear as they are made. Input may be piped, one message a line."""
-    sampler = open_sampler(model, root=root, quantize=quantize)
+    settings = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    sampler = open_sampler(model, settings, root=root, quantize=quantize)
     typed = sys.stdin.isatty()
     if typed:
         with contextlib.suppress(ImportError):  # not on Windows, whose terminal edits by itself
             import readline  # noqa: F401  line editing and history for input()
 
         output.note(_HELP)
-    talk = Talk(sampler, system, {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed})
+    talk = Talk(sampler, system, settings)
     while True:
         try:
             line = input("> " if typed else "").strip()

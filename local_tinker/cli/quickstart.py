@@ -25,11 +25,12 @@ def quickstart(
     The base is held in 4 bits; a LoRA adapter learns to be Sprocket, a robot in a clock tower. About a minute on 2 CPU
     cores, seconds on a GPU.
     """
-    from ..recipes import loop, report, sft
+    from ..recipes import early, loop, report, sft
     from ..recipes.data import check_data, load_data
     from ..service import ServiceClient
 
     config = quickstart_config(model, steps, output_dir)
+    early.check_config(config)
     data = load_data(config, say=report.say)
 
     service = ServiceClient()

@@ -11,6 +11,7 @@ import typer
 
 from ..checkpoint import list_checkpoints
 from ..errors import UsageError
+from ..lookup import find_run
 from ..runs import Run, compare, final_metrics, list_runs
 from . import output
 from .app import PROGRAM, run_typer
@@ -53,12 +54,12 @@ def list_(root: Root = Path("runs"), json: AsJson = False) -> None:
 
 
 def show(
-    run: Annotated[str, typer.Argument(help="A run's id, the start of one, or its folder.")],
+    run: Annotated[str, typer.Argument(help="A run: its id, the start of it, name, folder, or last.")],
     root: Root = Path("runs"),
     json: AsJson = False,
 ) -> None:
     """Show one run: how it ended, what it was given, what came out, and what it can be resumed from."""
-    found = find(run, root)
+    found = find_run(run, root, say=output.note)
     saved = list_checkpoints(found.checkpoints)
     if json:
         details = {"metrics": final_metrics(found), "checkpoints": [checkpoint.name for checkpoint in saved]}
@@ -95,13 +96,13 @@ def show(
 
 
 def compare_(
-    first: Annotated[str, typer.Argument(help="A run's id, the start of one, or its folder.")],
+    first: Annotated[str, typer.Argument(help="A run: its id, the start of it, name, folder, or last.")],
     second: Annotated[str, typer.Argument(help="Another.")],
     root: Root = Path("runs"),
     json: AsJson = False,
 ) -> None:
     """Compare two runs: what was set differently, and where each ended."""
-    left, right = find(first, root), find(second, root)
+    left, right = (find_run(word, root, say=output.note) for word in (first, second))
     result = compare(left, right)
     parts = {"config": result.config, "data": result.data, "versions": result.versions, "metrics": result.metrics}
     if json:
@@ -121,23 +122,6 @@ _ACTIONS = {
     "compare": (compare_, "Compare two runs."),
 }
 _RIGHT = ("STEP", "LOSS", "TIME")
-
-
-def find(word: str, root: Path) -> Run:
-    """A run by folder, id or unambiguous start of an id."""
-    if "/" in word or (Path(word) / "run.json").is_file():
-        return Run.open(word)
-    found = list_runs(root, say=output.note)
-    matches = [run for run in found if run.id == word] or [run for run in found if run.id.startswith(word)]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        raise UsageError(
-            f"{word!r} starts {len(matches)} runs: {', '.join(run.id for run in matches)}; type more of it"
-        )
-    near = difflib.get_close_matches(word, [run.id for run in found], 1, cutoff=0.3)
-    hint = f"did you mean {near[0]}?" if near else f"see `{PROGRAM} runs list --root {root}`"
-    raise UsageError(f"no run {word!r} in {root}; {hint}")
 
 
 def _summary(run: Run) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def sample(
         if raw
         else [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
     )
-    sampler = open_sampler(model, root=root, quantize=quantize)
     settings = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    sampler = open_sampler(model, settings, root=root, quantize=quantize)
     (found,) = sampler.sample_batch([asked], n=n, **settings)
     if json:
         fields = ("stop_reason", "tokens", "logprobs", "weights_version")

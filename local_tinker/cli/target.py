@@ -6,62 +6,71 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .. import lookup
 from ..errors import CheckpointError, ModelError, UsageError
 from ..runs import Run, list_runs
 
 _WEIGHTS = "adapter_model.safetensors"
 
 
-def open_sampler(word: str, *, root: str | Path, quantize: str, seed: int = 42) -> Any:
-    """A SamplingClient of what `word` names; loads the base model."""
+def open_sampler(word: str, settings: dict[str, Any], *, root: str | Path, quantize: str, seed: int = 42) -> Any:
+    """A SamplingClient of what `word` names; loads the base model, once `settings` are known to be in range."""
     if quantize not in ("4bit", "8bit", "none"):
         raise UsageError(f"--quantize must be one of 4bit, 8bit, none, got {quantize!r}")
     target = find_target(word, root)
+    from ..sampler.sequence import SamplingParams
     from ..service import ServiceClient
+
+    SamplingParams(**settings)
 
     chosen = None if quantize == "none" else quantize
     return ServiceClient().create_sampling_client(target, quantize=chosen, seed=seed)
 
 
 def find_target(word: str, root: str | Path, *, say: Callable[[str], None] | None = None) -> str:
-    """A run (folder, id, start of an id, `last`), an adapter or state folder -> its folder; anything else is a model.
+    """A run (folder, id, start of an id, name, `last`), an adapter or state folder -> its folder; anything else is a model.
 
     Raises:
-        CheckpointError: a run that has saved nothing. UsageError: the start of several runs' ids.
+        CheckpointError: a run that has saved nothing. UsageError: a word that means several runs, or nothing.
     """
     path = Path(word).expanduser()
     if (path / _WEIGHTS).is_file():
         return str(path)
     if (path / "run.json").is_file():
         return _weights_of(Run.open(path))
-    if not path.exists():
-        found = list_runs(root, say=say)
-        matches = found[-1:] if word == "last" else [run for run in found if run.id.startswith(word)]
-        exact = [run for run in matches if run.id == word] or matches
-        if len(exact) == 1:
-            return _weights_of(exact[0])
-        if exact:
+    if path.exists():
+        if not (path / "config.json").is_file() and list_runs(path):
             raise UsageError(
-                f"{word!r} starts {len(exact)} runs: {', '.join(run.id for run in exact)}; type more of it"
+                f"{word} is a folder of runs, not one of them; `local-tinker runs list --root {word}` shows them"
             )
-        _check_model(word, root, [run.id for run in found])
+        return word
+    if lookup.is_run_path(word):
+        return _weights_of(lookup.find_run(word, root, say=say))
+    found = list_runs(root, say=say)
+    run = lookup.match(word, [] if _is_model(word) else found)
+    if run is not None:
+        return _weights_of(run)
+    _check_model(word, root, found)
     return word
 
 
-def _check_model(word: str, root: str | Path, runs: list[str]) -> None:
-    """A word that is no run and cannot be a model's name was most likely meant as a run."""
-    import difflib
+def _is_model(word: str) -> bool:
+    """An alias of the catalogue: a run of that name is asked for by its id."""
+    from ..model import catalogue
 
+    return catalogue.find(word) is not None
+
+
+def _check_model(word: str, root: str | Path, found: list[Run]) -> None:
+    """A word that is no run and cannot be a model's name was most likely meant as a run."""
     from ..model import catalogue
 
     try:
         catalogue.check_name(word)
     except ModelError as error:
-        near = difflib.get_close_matches(word, [*runs, *(run.split("-", 3)[-1] for run in runs)], 1, cutoff=0.5)
-        meant = next((run for run in runs if near and near[0] in run), None)
-        here = f"did you mean the run {meant}?" if meant else f"`local-tinker runs list --root {root}` shows the runs"
-        where = f"in {root}" if runs else f"({root} holds no runs)"
-        raise UsageError(f"no run {word!r} {where}, and {error}. {here}") from None
+        here = lookup.nearest(word, found) or f"`local-tinker runs list --root {root}` shows the runs"
+        where = f"in {root}" if found else f"({root} holds no runs)"
+        raise UsageError(f"no run {word!r} {where}, and {error}. {here[0].upper()}{here[1:]}") from None
 
 
 def _weights_of(run: Run) -> str:

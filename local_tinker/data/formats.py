@@ -170,7 +170,7 @@ def _unrecognised(row: Mapping[str, Any], loss: str, shapes: Mapping[str, Shape]
     name, shape = max(shapes.items(), key=nearness)
     missing = [column for column in shape.columns if column not in found]
     spare = [column for column in found if column not in shape.columns]
-    pairs = []
+    pairs, flags = [], []
     for column in shape.columns:
         guess = column
         if column in missing:
@@ -178,6 +178,7 @@ def _unrecognised(row: Mapping[str, Any], loss: str, shapes: Mapping[str, Shape]
             guess = close[0] if close else spare[0] if spare else "..."
             spare = [other for other in spare if other != guess]
         pairs.append(f'"{column}": row["{guess}"]')
+        flags += [f"{column}={guess}"] if guess != column else []
     fits = next((other for other in ("sft", "dpo") if other != loss and _fits(row, shapes_for(other))), None)
     if fits:
         return f"no shape for loss {loss!r} among the columns {', '.join(found)}; they fit loss {fits!r}"
@@ -185,6 +186,7 @@ def _unrecognised(row: Mapping[str, Any], loss: str, shapes: Mapping[str, Shape]
     return (
         f"no shape for loss {loss!r} among the columns {', '.join(found) or '(none)'}. Known: {known}. "
         f"Nearest: {name}, which lacks {', '.join(missing)}. To map: rows = [{{{', '.join(pairs)}}} for row in rows]"
+        + ("" if "..." in "".join(flags) else f", or for a recipe --columns {','.join(flags)}")
     )
 
 

@@ -19,15 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DatasetError, LocalTinkerError, MissingDependencyError, UsageError
-from . import jsonfile
+from ..errors import DatasetError, MissingDependencyError, UsageError
+from . import hub, jsonfile
 from .rows import Row, Rows, RowSource, fail
 
 Say = Callable[[str], None]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 _SPLIT = re.compile(r"^(?P<name>[\w.-]*)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$")
-_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
 _MAGIC = {
     b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd data", b"BZh": "bzip2 data", b"\xfd7zXZ": "xz data",
     b"PAR1": "Parquet", b"\x7fELF": "a program",
@@ -87,6 +86,8 @@ def load_rows(
     """
     name, tell = os.fspath(source), say or (lambda message: None)
     limit = _check_count("limit", None if limit == -1 else limit)
+    if limit == 0:
+        raise UsageError("limit=0 keeps no row; give a number of rows, or -1 for all")
     _check_count("max_bad", max_bad)
     where, split = _split_source(name, split)
     # A slice is taken first and the limit after it, so files are then read whole.
@@ -166,18 +167,31 @@ def _files(where: str, split: str | None, say: Say) -> list[Path] | None:
         if not found:
             raise DatasetError("no file matches this pattern", path=where)
         return found if split is None else _of_split(found, where, split, say)
-    if not _suffix(path) and _HUB_ID.match(where):
+    if not _suffix(path) and hub.HUB_ID.match(where):
         return None
     raise DatasetError(f"no such file.{_neighbours(path)}", path=where)
 
 
 def _neighbours(path: Path) -> str:
-    try:
-        names = sorted(entry.name for entry in path.parent.iterdir() if _suffix(entry))
-    except OSError:
+    here = "This folder" if path.parent == Path() else f"{path.parent}"
+    if not path.parent.is_dir():
         return f" The folder {path.parent} does not exist either."
-    close = difflib.get_close_matches(path.name, names, n=3) or names[:5]
-    return f" {path.parent} holds: {', '.join(close)}" if close else ""
+    close = _near(path)
+    names = _data_names(path.parent)
+    return f" Did you mean {close}?" if close else f" {here} holds: {', '.join(names[:5])}" if names else ""
+
+
+def _near(path: Path) -> str:
+    """The data file beside `path` whose name is most like its; or nothing."""
+    close = difflib.get_close_matches(path.name, _data_names(path.parent), n=1, cutoff=0.7)
+    return str(path.parent / close[0]) if close else ""
+
+
+def _data_names(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if _suffix(entry))
+    except OSError:
+        return []
 
 
 def _of_split(files: list[Path], where: str, split: str | None, say: Say) -> list[Path]:
@@ -361,29 +375,12 @@ def strip_holes(value: Any) -> Any:
 
 
 def _read_hub(where: str, split: str | None, out: _Collector, say: Say) -> None:
-    hub_id, _, config = where.partition(":")
-    if not _HUB_ID.match(where):
-        raise UsageError(f"{where!r} is not a hub id; they look like org/name or org/name:config")
-    try:
-        import datasets
-    except ImportError:
-        raise MissingDependencyError(
-            f"{hub_id!r} is no file here, and reading it from the hub needs datasets: pip install datasets"
-        ) from None
+    """Add the rows of a hub data set."""
+    hub_id = where.partition(":")[0]
     if not split or split.startswith("["):
         split = f"train{split or ''}"
         say(f"{hub_id}: reading split {split}")
-    try:
-        table = datasets.load_dataset(hub_id, config or None, split=split)
-    except LocalTinkerError:
-        raise
-    # The hub client raises many unrelated types (offline, gated, unknown split or configuration).
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DatasetError(
-            f"no such file or folder here, and the hub id could not be loaded: {reason}", path=hub_id
-        ) from error
-    for number, row in enumerate(table, start=1):
+    for number, row in enumerate(hub.table(where, split, near=_near(Path(where))), start=1):
         if out.full:
             break
         out.add(f"{hub_id}#{split}", strip_holes(dict(row)), number, None)

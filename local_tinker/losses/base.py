@@ -5,7 +5,6 @@ Shapes: N packed tokens of a micro-batch, K targets a token, S sequences (datums
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import hint
 from ..errors import UsageError
 
 # An importance ratio is exp(difference of log-probs). Near e^88 it would overflow fp32 and turn the zero gradient of a
@@ -154,9 +154,7 @@ def check_options(spec: LossSpec, options: Mapping[str, Any]) -> tuple[dict[str,
     for name in options:
         if name not in known:
             allowed = ", ".join(known) or "none"
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UsageError(f"{label} has no option {name!r}{hint} (its options: {allowed})")
+            raise UsageError(f"{label} has no option {name!r}{hint(name, known)} (its options: {allowed})")
     merged = {**known, **options}
     missing = [name for name, value in merged.items() if value is REQUIRED]
     if missing:

@@ -159,7 +159,12 @@ def dims(name: str) -> ModelDims:
             return entry.dims
         folder = fetch.cached_snapshot(name) if _plausible(name) else None
     if folder is None:
-        raise ModelError(_unknown(name) + "; dimensions of models outside it are read from their files on disk")
+        if not _HUB_ID.fullmatch(name):
+            raise ModelError(_unknown(name))
+        raise ModelError(
+            f"{name} is neither in the catalogue nor on this machine, and its dimensions are read from its files: "
+            f"run `hf download {name}`{_like(name)}"
+        )
     return read_dims(folder)
 
 
@@ -203,9 +208,12 @@ def _plausible(hub_id: str) -> bool:
 
 
 def _unknown(name: str) -> str:
+    return f"no model {name!r}: neither a folder, nor in the catalogue, nor a hub id (owner/name){_like(name)}"
+
+
+def _like(name: str) -> str:
     close = nearest(name)
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    return f"no model {name!r}: neither a folder, nor in the catalogue, nor a hub id (owner/name){hint}"
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def _unavailable(name: str, hub_id: str, error: Exception, entry: Entry | None) -> str:

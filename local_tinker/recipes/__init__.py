@@ -15,5 +15,13 @@ RECIPES = {"sft": "sft", "dpo": "dpo", "grpo": "grpo", "ppo": "ppo"}
 def find_recipe(loss: str) -> ModuleType:
     """The recipe's module; an unknown name raises with the nearest."""
     if loss not in RECIPES:
-        raise UsageError(f"no recipe for loss {loss!r}{nearest(loss, RECIPES)}; there are {', '.join(RECIPES)}")
+        from ..losses import LOSSES, MISSING_LOSSES
+
+        word = loss.lower().replace("-", "_")
+        there = f"there are {', '.join(RECIPES)}"
+        if word in MISSING_LOSSES:
+            raise UsageError(f"no recipe for loss {loss!r}: {MISSING_LOSSES[word]}; {there}")
+        if word in LOSSES and word not in RECIPES and not LOSSES[word].internal:
+            raise UsageError(f"no recipe for loss {loss!r}, which `forward_backward` takes from Python; {there}")
+        raise UsageError(f"no recipe for loss {loss!r}{nearest(word, RECIPES)}; {there}")
     return importlib.import_module(f".{RECIPES[loss]}", __package__)

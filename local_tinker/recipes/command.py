@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -15,16 +15,6 @@ from . import RECIPES, find_recipe, sources
 from .config import Common, help_lines, nearest, options
 from .shipped import beside, shipped
 
-_ACTIONS = {
-    "-c": "config",
-    "--config": "config",
-    "--resume": "resume",
-    "--fresh": "fresh",
-    "--dry-run": "dry_run",
-    "--loss": "loss",
-    "-h": "help",
-    "--help": "help",
-}
 INTERRUPTED = 130
 _SUMMARY = "Train, with progress, checkpoints and a record of the run."
 
@@ -35,7 +25,7 @@ class Job:
 
     Attributes:
         resume: None to continue the last run of this config if that is unfinished, and otherwise start anew; "" for the newest
-            unfinished run of this config; else a run's id or folder.
+            unfinished run of this config; else a run's folder.
         fresh: start anew in any case.
     """
 
@@ -53,7 +43,7 @@ def split(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     flags, rest = [], list(words)
     while rest:
         word, equals, value = rest.pop(0).partition("=")
-        name = _ACTIONS.get(word.replace("_", "-") if word.startswith("--") else word)
+        name = sources.ACTIONS.get(word.replace("_", "-") if word.startswith("--") else word)
         if name is None:
             flags.append(word + equals + value)
             # a value is never mistaken for an action
@@ -89,16 +79,10 @@ def parse(words: Sequence[str], *, loss: str | None = None, environ: dict[str, s
     actions, flags = split(words)
     if "resume" in actions and actions.get("fresh"):
         raise UsageError("--resume goes on with a run and --fresh starts a new one; give one of them")
-    if actions.get("resume"):
-        return _resumed(actions, flags, loss)
-    if "resume" in actions and not {"config", "loss"} & set(actions):
-        # not a word about what to train: the newest unfinished run, wherever the runs are
-        named = sources.read_flags(flags, Common)
-        if all(sources.canonical(name, options(Common), where) == "output_dir" for name, _, where in named):
-            from .resuming import newest_unfinished
-
-            found = newest_unfinished(named[-1][1] if named else "runs")
-            return _resumed({**actions, "resume": str(found.path)}, [], loss)
+    if "resume" in actions:
+        training, root = _resume_words(actions, flags, environ)
+        if actions["resume"] or not training:
+            return _resumed(actions, training, root, loss)
     path = _config_file(actions["config"]) if "config" in actions else None
     values = sources.read_file(path) if path else {}
     in_file = values.pop("loss", None)
@@ -124,17 +108,28 @@ def parse(words: Sequence[str], *, loss: str | None = None, environ: dict[str, s
     return Job(recipe, str(chosen), config, **{name: actions[name] for name in to_do})
 
 
-def _resumed(actions: dict[str, Any], flags: list[str], program: str | None) -> Job:
-    """A run by its id: its own config, nothing else."""
-    if flags or "config" in actions or "loss" in actions:
-        asked = flags[0] if flags else "--config" if "config" in actions else "--loss"
-        raise UsageError(
-            f"--resume {actions['resume']} goes on with that run's own config; leave {asked} away, or give --resume without a "
-            "name to find the unfinished run of this config"
-        )
-    from .resuming import find_run
+def _resume_words(actions: dict[str, Any], flags: list[str], environ: Mapping[str, str]) -> tuple[list[str], str]:
+    """Beside --resume: the words that say what to train, and the folder the runs are in."""
+    training = [f"--{name}" for name in ("config", "loss") if name in actions]
+    root = environ.get(f"{sources.PREFIX}OUTPUT_DIR", "runs")
+    for name, value, where in [] if training else sources.read_flags(flags, Common):
+        if sources.canonical(name, options(Common), where) == "output_dir":
+            root = value
+        else:
+            training.append(where)
+    return training, root
 
-    run = find_run(actions["resume"])
+
+def _resumed(actions: dict[str, Any], training: list[str], root: str, program: str | None) -> Job:
+    """The run named, or the newest unfinished one: its own config, nothing else."""
+    from . import resuming
+
+    if training:
+        raise UsageError(
+            f"--resume {actions['resume']} goes on with that run's own config; leave {training[0]} away, or give --resume "
+            "without a name to find the unfinished run of this config"
+        )
+    run = resuming.to_resume(actions["resume"], root) if actions["resume"] else resuming.newest_unfinished(root)
     saved = dict(run.config)
     loss = saved.pop("loss", "sft")
     if program not in (None, loss):
@@ -162,12 +157,13 @@ def _config_file(name: str) -> Path:
 
 def execute(job: Job) -> None:
     """Run the job; raises what the recipe raises."""
+    from ..runs import Run
     from . import resuming
 
     run = None
     if not job.dry_run and not job.fresh:
         if job.resume:
-            run = resuming.find_run(job.resume)
+            run = Run.open(job.resume)
         elif job.resume == "":
             run = resuming.unfinished(job.config, job.loss)
         else:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -45,6 +47,7 @@ class Common:
         help="File, glob, folder, hub id (org/name#train[:1000]) or built-in task.",
         aliases=("dataset_name", "dataset_path", "data", "train_file"),
     )
+    columns: str | None = option(None, "Your columns under our names: prompt=question,answer=reply.")
     name: str | None = option(None, "Name of the run's folder; default: loss and model.", aliases=("run_name",))
 
     rank: int = option(32, "Rank of the adapter.", aliases=("lora_r", "lora_rank", "r"), least=1)
@@ -220,6 +223,11 @@ def options(config: type) -> dict[str, Option]:
 def resolved(config: Common, loss: str) -> dict[str, Any]:
     """Every value as plain JSON and YAML, `loss` first: what a run's folder keeps and `run --config` reads again."""
     return {"loss": loss, **dataclasses.asdict(config)}
+
+
+def run_name(config: Common, loss: str) -> str:
+    """The config's name, or loss and model as one plain path component."""
+    return config.name or re.sub(r"[^A-Za-z0-9._-]+", "-", f"{loss}-{Path(config.model).name}").strip(".-")[:80]
 
 
 def nearest(word: str, names: Iterable[str]) -> str:

@@ -13,10 +13,10 @@ from ..data.examples import Conversation, Preference, PromptCompletion, Text
 from ..data.preflight import preflight
 from ..data.prepare import check_rows
 from ..data.read import load_rows
-from ..data.rows import Rows
+from ..data.rows import Row, Rows
 from ..errors import DatasetError, UsageError
 from .arithmetic import arithmetic
-from .config import Common
+from .config import Common, nearest
 
 TASK_ROWS = 512
 # Data made on the spot: name -> rows(count, seed).
@@ -52,7 +52,8 @@ def load_data(config: Common, *, say: Callable[[str], None]) -> Data:
         count = round(config.eval_fraction * len(rows))
         if not 1 <= count < len(rows):
             raise UsageError(
-                f"eval_fraction={config.eval_fraction:g} of {len(rows)} rows holds out {count}; both parts need a row"
+                f"eval_fraction={config.eval_fraction:g} of {len(rows)} rows holds out {count}; both parts need a row: "
+                "change it, or give eval_dataset"
             )
         chosen = set(random.Random(f"held out {config.seed}").sample(range(len(rows)), count))
         rows, held_out = _pick(rows, [i for i in range(len(rows)) if i not in chosen]), _pick(rows, sorted(chosen))
@@ -61,8 +62,42 @@ def load_data(config: Common, *, say: Callable[[str], None]) -> Data:
 
 def _read(source: str, config: Common, *, limit: int | None, say: Callable[[str], None]) -> Rows:
     if source in TASKS and not Path(source).exists():
-        return TASKS[source](limit if limit and limit > 0 else TASK_ROWS, config.seed)
-    return load_rows(source, limit=limit, max_bad=config.max_bad, say=say)
+        rows = TASKS[source](limit if limit and limit > 0 else TASK_ROWS, config.seed)
+    else:
+        try:
+            rows = load_rows(source, limit=limit, max_bad=config.max_bad, say=say)
+        except DatasetError as error:
+            task = nearest(source, TASKS)
+            if not task or Path(source).exists():
+                raise
+            raise DatasetError(f"{error.reason}{task}", path=error.path) from None
+    return renamed(rows, config.columns) if config.columns else rows
+
+
+def renamed(rows: Rows, columns: str) -> Rows:
+    """The rows with columns under our names: `prompt=question,completion=reply`, ours first; the others stay.
+
+    Raises:
+        UsageError: not such pairs, or a name twice. DatasetError: no row has the column, or ours is there already.
+    """
+    pairs = [tuple(word.strip() for word in pair.partition("=")[::2]) for pair in columns.split(",")]
+    theirs = {old: new for new, old in pairs}
+    if not all(new and old for new, old in pairs) or min(len(theirs), len({new for new, _ in pairs})) < len(pairs):
+        raise UsageError(
+            f"columns={columns!r}: write pairs of our name and yours, such as prompt=question,answer=reply"
+        )
+    there = {name: None for row in rows for name in row}
+    for new, old in pairs:
+        if old not in there:
+            raise DatasetError(
+                f"columns: no row has {old!r}{nearest(old, there)}; there are {', '.join(there)}", path=rows.name
+            )
+        if new in there and new not in theirs:
+            raise DatasetError(
+                f"columns: {new!r} is a column already; map it too, or leave {new}= away", path=rows.name
+            )
+    new_rows = [Row({theirs.get(name, name): value for name, value in row.items()}, source=row.source) for row in rows]
+    return Rows(new_rows, name=rows.name, bad=rows.bad)
 
 
 def _pick(rows: Rows, indices: Sequence[int]) -> Rows:

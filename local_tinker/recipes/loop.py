@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, LocalTinkerError, UsageError
+from ..errors import CheckpointError, LocalTinkerError
 from . import report
-from .config import Common, nearest, resolved
+from .config import Common, resolved, run_name
 from .saving import Saver, check_disk
 from .signals import Signals
 
@@ -146,6 +145,7 @@ class Session:
     def __enter__(self) -> Session:
         from ..runs import Run
         from ..track import TrackedRun, open_trackers
+        from .early import tracker_names
 
         config = self.config
         values = resolved(config, self.loss)
@@ -170,7 +170,8 @@ class Session:
         except BaseException as error:
             self.run.finish("failed", f"{type(error).__name__}: {error}")
             raise
-        report.say(f"run {self.run.path}, {self.total - self.step:,} steps of {config.batch_size} rows")
+        steps, rows = self.total - self.step, min(config.batch_size, len(self.data.rows))
+        report.say(f"run {self.run.path}, {steps:,} {'step' if steps == 1 else 'steps'} of {rows} rows")
         self._progress = report.ProgressReport(self.total, done=self.step)
         self._signals.install()
         return self
@@ -237,27 +238,6 @@ class Session:
         report.say(f"resuming {self.run.id} after step {self.step}")
 
 
-# -- runs --------------------------------------------------------------------------------------------------------------
-
-
-def run_name(config: Common, loss: str) -> str:
-    """The config's name, or loss and model as one plain path component."""
-    return config.name or re.sub(r"[^A-Za-z0-9._-]+", "-", f"{loss}-{Path(config.model).name}").strip(".-")[:80]
-
-
-def tracker_names(config: Common) -> list[str]:
-    """The trackers asked for, known ones only."""
-    from ..track import TRACKERS
-
-    names = [name.strip() for name in config.report_to.split(",") if name.strip()]
-    for name in names:
-        if name != "none" and name not in TRACKERS:
-            raise UsageError(
-                f"report_to: no tracker {name!r}{nearest(name, TRACKERS)}; there are none, {', '.join(TRACKERS)}"
-            )
-    return names
-
-
 # -- shared steps of the recipes ---------------------------------------------------------------------------------------
 
 
@@ -268,15 +248,12 @@ def prepare(config: Common, loss: str) -> tuple[Any, Data]:
         the trainer and the rows as read.
     """
     from .. import ServiceClient  # here, so that --help does not wait for it
-    from ..model import catalogue
+    from . import early
     from .data import load_data
-    from .scoring import find_reward
 
-    tracker_names(config)
-    if hasattr(config, "reward"):
-        find_reward(config.reward)
-    catalogue.check_name(config.model)
+    early.check_config(config)
     data = load_data(config, say=report.say)
+    early.check_rows(config, data, loss)
     report.print_config(resolved(config, loss))
     service = ServiceClient(deterministic=config.deterministic)
     announce_plan(config, service.hardware)
@@ -287,6 +264,8 @@ def order_of(config: Common, data: Data) -> Batches:
     """The batches of the whole run: `max_steps` of them, or `epochs` passes."""
     from .. import batches
 
+    if config.batch_size > len(data.rows):
+        report.say(f"batch_size={config.batch_size:,} is more than the {len(data.rows):,} rows: a step takes them all")
     order = batches(data.rows, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)
     if config.max_steps and config.max_steps > len(order):
         epochs = -(-config.max_steps // order.per_epoch)
@@ -341,7 +320,8 @@ def finish(session: Session, *, max_tokens: int = _ANSWER_TOKENS) -> Path:
         if name in session.first and (name in ("loss", *session.headline) or name.startswith("eval_"))
     ]
     changes = [f"{name} {session.first[name]:.4f} -> {session.last[name]:.4f}" for name in told]
-    report.print_lines(["", f"finished after {session.step:,} steps: {', '.join(changes)}"])
+    steps = f"{session.step:,} {'step' if session.step == 1 else 'steps'}"
+    report.print_lines(["", f"finished after {steps}: {', '.join(changes)}"])
     print(f"adapter: {run.adapter}")
     best = run.record.get("best")
     if best is not None and best["folder"] != "adapter":

@@ -7,33 +7,22 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from . import report
-from .config import Common, nearest, resolved
+from .config import Common, resolved
 
 if TYPE_CHECKING:
     from ..runs import Run
 
 
-def find_run(word: str, root: str | Path = "runs") -> Run:
-    """A run by its folder, its id or the unambiguous start of its id; `last` is the newest."""
-    from ..runs import Run, list_runs
+def to_resume(word: str, root: str | Path) -> Run:
+    """The run to go on with, by any word that means one."""
+    from ..lookup import find_run
 
-    if (Path(word) / "run.json").is_file():
-        return Run.open(word)
-    found = list_runs(root)
-    matches = (
-        found[-1:]
-        if word == "last"
-        else [run for run in found if run.id == word] or [r for r in found if r.id.startswith(word)]
-    )
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
+    run = find_run(word, root)
+    if run.status == "finished":
         raise UsageError(
-            f"{word!r} starts {len(matches)} runs: {', '.join(run.id for run in matches)}; type more of it"
+            f"run {run.id} is finished: there is nothing to resume; leave --resume away to start a new run"
         )
-    raise UsageError(
-        f"no run {word!r} in {root}{nearest(word, [run.id for run in found])}; `local-tinker runs list` shows them"
-    )
+    return run
 
 
 def unfinished(config: Common, loss: str) -> Run:

@@ -20,7 +20,7 @@ REWARDS: dict[str, Callable] = {
 }
 
 
-def find_reward(name: str) -> Callable:
+def find_reward(name: str) -> rewards.Reward:
     """A reward function: the name of a verifier, or `file.py:function`.
 
     Raises:
@@ -38,7 +38,10 @@ def find_reward(name: str) -> Callable:
     if spec is None or spec.loader is None:
         raise UsageError(f"the reward file {file!r} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:  # what else the file does wrong is for its own traceback to say
+        raise UsageError(f"the reward file {file!r} cannot be read: {type(error).__name__}: {error}") from error
     found = getattr(module, function, None)
     if not callable(found):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

@@ -15,8 +15,20 @@ from .config import Common, Option, nearest, options
 
 PREFIX = "LOCAL_TINKER_"
 _NOT_OPTIONS = {"CACHE"}  # variables of ours that name no field
+_LISTS = {"target_modules", "report_to", "columns"}  # words with commas, which a file may give as a list or mapping
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+# Flags that say what to do; the others say how.
+ACTIONS = {
+    "-c": "config",
+    "--config": "config",
+    "--resume": "resume",
+    "--fresh": "fresh",
+    "--dry-run": "dry_run",
+    "--loss": "loss",
+    "-h": "help",
+    "--help": "help",
+}
 # A switch of other tools -> our field and its value.
 _SWITCHES = {
     "load_in_4bit": ("quantize", "4bit"),
@@ -31,6 +43,13 @@ _ELSEWHERE = {
     "packing": "rows are always packed without padding, and never see each other",
     "fp16": "float16 is not used; leave dtype away, or write dtype: float32",
     "optim": "the optimiser is AdamW",
+    "logging_steps": "every step is in metrics.jsonl",
+    "eval_strategy": "write eval_every, in steps",
+    "save_strategy": "write save_every, in steps",
+    "resume": "a run is continued by `run --resume`",
+    "resume_from_checkpoint": "a run is continued by `run --resume`",
+    "wandb_project": "write report_to: wandb, and set WANDB_PROJECT",
+    "use_vllm": "sampling needs no other engine",
     "use_peft": "training is always LoRA",
     "completion_only_loss": "prompts are never trained; completions always are",
     "assistant_only_loss": "prompts are never trained; assistant turns always are",
@@ -57,12 +76,23 @@ def canonical(name: str, known: Mapping[str, Option], where: str) -> str:
         return spellings[word]
     if word in _ELSEWHERE:
         raise UsageError(f"{where}: there is no such option: {_ELSEWHERE[word]}")
+    losses = _losses_with(word)
+    if losses:
+        raise UsageError(f"{where}: an option of loss {', '.join(losses)} only")
     # a flag's neighbours are shown as flags
     flag = where.startswith("--")
-    shown = {f"--{s.replace('_', '-')}" for s in spellings} if flag else set(spellings)
+    shown = {f"--{s.replace('_', '-')}" for s in spellings} | set(ACTIONS) if flag else set(spellings)
     raise UsageError(
         f"{where}: unknown option{nearest(where if flag else word, sorted(shown)) or '; --help lists them'}"
     )
+
+
+def _losses_with(word: str) -> list[str]:
+    """The losses whose recipe has this option."""
+    from . import RECIPES, find_recipe
+
+    every = {loss: options(find_recipe(loss).Config) for loss in RECIPES}
+    return [loss for loss, known in every.items() if any(word in (each.name, *each.aliases) for each in known.values())]
 
 
 def collect(pairs: Sequence[tuple[str, Any, str]], known: Mapping[str, Option]) -> dict[str, Given]:
@@ -95,7 +125,7 @@ def read_flags(words: Sequence[str], config: type) -> list[tuple[str, Any, str]]
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
-            raise UsageError(f"unexpected {word!r}: options look like --model NAME; --help lists them")
+            raise UsageError(f"unexpected {word!r}: {_meant_by(word)}")
         flag, has_value, value = word[2:].partition("=")
         name = flag.replace("-", "_").lower()
         if name.startswith("no_") and name[3:] in switches and not has_value:
@@ -111,6 +141,17 @@ def read_flags(words: Sequence[str], config: type) -> list[tuple[str, Any, str]]
                 raise UsageError(f"{word} needs a value: {known[canonical(name, known, word)].wants()}")
             pairs.append((name, rest.pop(0), word))
     return pairs
+
+
+def _meant_by(word: str) -> str:
+    """What a word that is no flag was meant as."""
+    from . import RECIPES
+
+    if word in RECIPES:
+        return f"did you mean --loss {word}, or the shipped recipe, --config {word}?"
+    if Path(word).is_file():
+        return f"did you mean --{'config' if Path(word).suffix in ('.yaml', '.yml', '.toml') else 'dataset'} {word}?"
+    return "options look like --model NAME; --help lists them"
 
 
 def read_environment(
@@ -228,6 +269,9 @@ def _prepared(given: Given, each: Option) -> Any:
     # true is an int in Python; a switch written where a number belongs is a mistake
     if isinstance(value, bool) and each.kind is not bool:
         raise UsageError(f"{given.where}: got {str(value).lower()}, {each.wants()} is needed")
+    if each.name in _LISTS and isinstance(value, list | dict):
+        words = [f"{key}={item}" for key, item in value.items()] if isinstance(value, dict) else map(str, value)
+        return ",".join(words)
     if each.optional and isinstance(value, str) and value.lower() in ("none", "null"):
         return None
     return value

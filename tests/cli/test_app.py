@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -23,8 +24,10 @@ def command(monkeypatch):
     return register
 
 
-def options(batch_size: Annotated[int, typer.Option(help="Rows.")] = 16, max_length: int = 8) -> None:
-    """Takes two numbers."""
+def options(
+    batch_size: Annotated[int, typer.Option(help="Rows.")] = 16, max_length: int = 8, quantize: str = "4bit"
+) -> None:
+    """Takes two numbers and a word."""
     print(batch_size, max_length)
 
 
@@ -63,7 +66,11 @@ def test_kebab_case_and_underscores_mean_the_same(command, capsys, words):
         (["try-ti"], "no command 'try-ti'; did you mean try-it?"),
         (["zzz"], "no command 'zzz'; see `local-tinker --help`"),
         (["--verison"], "no option '--verison'; did you mean --version?"),
-        (["try-it", "--batch-sise", "3"], "No such option: --batch-sise; did you mean --batch-size?"),
+        (["try-it", "--batch-sise", "3"], "no option --batch-sise; did you mean --batch-size?"),
+        (["try-it", "--load-in-4bit"], "no option --load-in-4bit; did you mean --quantize 4bit?"),
+        (["try-it", "--zzz"], "no option --zzz; see `local-tinker try-it --help`"),
+        (["trian"], "no command 'trian'; did you mean run?"),
+        (["grpo"], "no command 'grpo'; did you mean run --loss grpo?"),
         (["try-it", "--batch-size", "x"], "Input should be a valid integer"),
         (["try-it", "--batch-size"], "--batch-size"),
         (["try-it", "extra"], "unexpected extra argument"),
@@ -101,7 +108,27 @@ def test_an_interrupt_ends_with_130(command, capsys):
 
     command(interrupted)
     assert app.main(["try-it"]) == 130
-    assert "Traceback" not in capsys.readouterr().err
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_output_that_cannot_be_written_is_one_message(command, capsys, monkeypatch):
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    command(full)
+    monkeypatch.setattr("sys.stdout", sys.stdout)  # put back: main gives it up
+    assert app.main(["try-it"]) == 1
+    assert sys.stdout is None
+    assert capsys.readouterr().err == "error: the output cannot be written: No space left on device\n"
+
+
+def test_an_os_error_that_is_no_full_disk_is_not_hidden(command):
+    def broken() -> None:
+        raise ChildProcessError(errno.ECHILD, "a bug")
+
+    command(broken)
+    with pytest.raises(ChildProcessError):
+        app.main(["try-it"])
 
 
 def test_a_command_chooses_its_exit_code(command):

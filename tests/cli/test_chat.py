@@ -70,3 +70,11 @@ def test_a_conversation_that_outgrows_the_context_is_said_and_can_be_reset(tiny_
     assert app.main(["chat", str(tiny_model), "--temperature", "0", "--max-tokens", "4", "--quantize", "none"]) == 0
     out, err = capsys.readouterr()
     assert "/reset starts anew" in err and len(out.splitlines()) == 1
+
+
+def test_settings_out_of_range_end_with_code_2_before_a_model_is_loaded(tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    monkeypatch.setattr("local_tinker.ServiceClient.create_sampling_client", None)
+    for words, says in ((["--max-tokens", "0"], "max_tokens must be 1"), (["--temperature", "-1"], "temperature must")):
+        assert app.main(["chat", str(tiny_model), *words]) == 2
+        assert says in capsys.readouterr().err

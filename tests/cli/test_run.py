@@ -101,7 +101,7 @@ def test_progress_goes_to_stderr_and_results_to_stdout(words, capsys):
     assert app.main(["run", *words]) == 0
     out, err = capsys.readouterr()
     assert "step 1/1  loss" in err and "tok/s" in err and "step 1/1" not in out
-    assert "config\n" in out and "finished after 1 steps" in out and "config\n" not in err
+    assert "config\n" in out and "finished after 1 step:" in out and "config\n" not in err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

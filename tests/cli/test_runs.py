@@ -91,9 +91,9 @@ def test_a_run_is_found_by_the_start_of_its_id_or_its_folder(history, capsys):
     for word in (beta.id, beta.id[: beta.id.index("beta") + 2], str(beta.path)):
         assert runs(["show", word, "--root", str(root)]) == 0
         assert capsys.readouterr().out.startswith(beta.id)
-    with pytest.raises(UsageError, match=f"starts 2 runs: {alpha.id}, {beta.id}"):
+    with pytest.raises(UsageError, match=f"means 2 runs, {alpha.id}, {beta.id}"):
         runs(["show", beta.id[:4], "--root", str(root)])
-    with pytest.raises(UsageError, match=f"did you mean {beta.id}"):
+    with pytest.raises(UsageError, match=f"did you mean the run {beta.id}"):
         runs(["show", beta.id.replace("beta", "betta"), "--root", str(root)])
 
 

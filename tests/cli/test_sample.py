@@ -41,7 +41,16 @@ def stdin(monkeypatch):
 
 def test_a_run_its_id_its_folders_and_its_states_all_answer_as_trained(trained, capsys):
     root, run = trained
-    for word in (run.path, run.adapter, run.checkpoints / "step-000060", run.id, run.id[:15], "last"):
+    for word in (
+        run.path,
+        run.adapter,
+        run.checkpoints / "step-000060",
+        run.id,
+        run.id[:15],
+        "mine",
+        str(run.path)[:-2],
+        "last",
+    ):
         assert ask(word, "dog?", "--root", root) == 0
         assert capsys.readouterr().out == "the fox\n", word
 
@@ -105,7 +114,7 @@ def test_a_run_that_saved_nothing_and_an_ambiguous_start_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="has saved no adapter and no checkpoint"):
         find_target(first.id, tmp_path)
     Run.create(tmp_path, "a", config={})
-    with pytest.raises(UsageError, match="starts 2 runs"):
+    with pytest.raises(UsageError, match="means 2 runs"):
         find_target(first.id[:12], tmp_path)
     assert find_target("smollm2-135m", tmp_path) == "smollm2-135m"
 
@@ -114,9 +123,27 @@ def test_a_word_that_is_neither_run_nor_model_is_answered_with_the_run_meant(tra
     root, run = trained
     for word, says in {
         "mime": f"no run 'mime' in {root}, and no model 'mime'",
-        run.id.replace("mine", "mien"): f"did you mean the run {run.id}?",
+        run.id.replace("mine", "mien"): f"Did you mean the run {run.id}?",
     }.items():
         assert ask(word, "dog?", "--root", root) == 2
         assert says in capsys.readouterr().err
     assert ask("last", "dog?", "--root", root / "absent") == 2
     assert "absent holds no runs)" in capsys.readouterr().err
+
+
+def test_a_path_into_the_runs_is_no_hub_id(trained, monkeypatch, capsys):
+    root, run = trained
+    monkeypatch.chdir(root.parent)
+    assert ask("runs/mien", "dog?") == 2
+    assert f"no run 'mien' in runs; did you mean the run {run.id}?" in capsys.readouterr().err
+
+
+def test_a_run_named_like_a_model_does_not_hide_the_model(tmp_path):
+    Run.create(tmp_path, "qwen3-4b", config={}).finish("finished")
+    assert find_target("qwen3-4b", tmp_path) == "qwen3-4b"
+
+
+def test_a_folder_of_runs_is_said_to_be_one(trained, capsys):
+    root, _ = trained
+    assert ask(root, "dog?") == 2
+    assert f"{root} is a folder of runs, not one of them" in capsys.readouterr().err

@@ -152,7 +152,8 @@ def hub(monkeypatch, answer):
         calls.append((arguments, options))
         return answer() if callable(answer) else answer
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    config = types.SimpleNamespace(HF_DATASETS_CACHE="no/cache")
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, config=config))
     return calls
 
 
@@ -180,6 +181,33 @@ def test_a_hub_failure_is_a_dataset_error_with_its_reason(monkeypatch):
     hub(monkeypatch, offline)
     with pytest.raises(DatasetError, match="could not be loaded: offline mode is on$"):
         load_rows("org/name")
+
+
+def test_a_hub_out_of_reach_is_asked_once_and_a_file_of_a_like_name_is_shown(monkeypatch, tmp_path):
+    calls, asked = hub(monkeypatch, [{"text": "a"}]), []
+
+    def dataset_info(self, hub_id, **options):
+        asked.append(hub_id)
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DatasetError, match=r"did you mean rows.jsonl\?\), and the hub id .* loaded: nobody answers$"):
+        load_rows("rows.jsnl")
+    assert asked == ["rows.jsnl"] and calls == []
+    # what is in the cache is left to datasets
+    (tmp_path / "no" / "cache" / "org___name").mkdir(parents=True)
+    assert list(load_rows("org/name")) == [{"text": "a"}] and asked == ["rows.jsnl"]
+
+
+def test_a_file_that_is_not_there_is_answered_with_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DatasetError, match=r"row.jsonl: no such file. Did you mean rows.jsonl\?"):
+        load_rows("row.jsonl")
+    with pytest.raises(DatasetError, match="no such file. This folder holds: rows.jsonl"):
+        load_rows("elsewhere.csv")
 
 
 def test_none_holes_go_at_every_depth_but_list_values_stay():

@@ -299,7 +299,7 @@ def test_the_reference_is_needed_only_with_a_kl_term():
         ("grpo", {"scale_rewards": True}, "scale_rewards must be one of 'group', 'batch', 'none'"),
         ("grpo", {"clip_range": 0.2}, "no option 'clip_range'"),
         ("ppo", {"clip_low_threshold": 1.3}, "is above clip_high_threshold=1.2"),
-        ("ppo", {"clip_low": 0.2}, "did you mean 'clip_low_threshold'"),
+        ("ppo", {"clip_low": 0.2}, "write clip_low_threshold"),
         ("cispo", {"clip_high_threshold": math.inf}, "clip_high_threshold must be a finite number"),
         ("dro", {}, "'dro' needs beta=: it has no default"),
         ("importance_sampling", {"max_importance_ratio": -1}, "max_importance_ratio must be"),

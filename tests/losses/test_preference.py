@@ -127,7 +127,7 @@ def test_the_reference_is_needed_unless_reference_free():
         ({"label_smoothing": 0.6}, "label_smoothing must be a finite number >= 0 and <= 0.5"),
         ({"variant": "hinge"}, "variant must be one of 'sigmoid', 'ipo', got 'hinge'"),
         ({"variant": "ipo", "label_smoothing": 0.1}, "label_smoothing belongs to variant='sigmoid'"),
-        ({"reference_fre": True}, "no option 'reference_fre'; did you mean 'reference_free'"),
+        ({"reference_fre": True}, "no option 'reference_fre': write reference_free"),
     ],
     ids=str,
 )

@@ -181,3 +181,5 @@ def test_a_broken_config_is_named(bare):
 def test_dimensions_of_an_unknown_name_are_not_guessed(bare):
     with pytest.raises(ModelError, match="did you mean qwen3-4b"):
         catalogue.dims("qwen3-4bb")
+    with pytest.raises(ModelError, match="org/other is neither in the catalogue .* run `hf download org/other`$"):
+        catalogue.dims("org/other")

@@ -127,7 +127,7 @@ def test_a_run_is_resumed_by_its_folder_from_its_last_checkpoint(words, tmp_path
     assert [each.name for each in sorted(run.checkpoints.iterdir())] == ["step-000002", "step-000003"]
     assert app.main(["run", "--resume", str(run.path)]) == 0
     assert the_run().status == "finished" and len(losses(the_run())) >= 5
-    assert app.main(["run", "--resume", str(run.path)]) == 1  # it is finished
+    assert app.main(["run", "--resume", str(run.path)]) == 2  # it is finished
 
 
 def test_a_second_interrupt_stops_at_once_and_still_saves_a_loadable_state(
@@ -218,6 +218,7 @@ def test_the_evaluation_is_the_loss_a_token_over_all_held_out_rows(words, the_ru
         (dict(max_length=3), 2, "nothing left to train on: 10 rows dropped as too long"),
         (dict(report_to="wandbb"), 2, "no tracker 'wandbb', did you mean wandb?"),
         (dict(model="no/where/here"), 3, "no/where/here"),
+        (dict(limit=0), 2, "limit=0 keeps no row; give a number of rows, or -1 for all"),
         (dict(max_length=100000), 2, "the model's context of 256"),
     ],
 )
@@ -246,6 +247,12 @@ def test_a_run_without_a_checkpoint_cannot_be_resumed(words, the_run, monkeypatc
     job = command.parse(["--resume", str(run.path)], environ={})
     with pytest.raises(StateError, match="no whole checkpoint"):
         command.execute(job)
+
+
+def test_a_batch_of_more_rows_than_there_are_is_said(words, capsys):
+    assert app.main(["run", *words(batch_size=400, samples=0)]) == 0
+    said = capsys.readouterr().err
+    assert "batch_size=400 is more than the 10 rows: a step takes them all" in said and "1 step of 10 rows" in said
 
 
 def test_the_run_is_named_after_loss_and_model():

@@ -265,3 +265,24 @@ def test_loop_counts_what_is_skipped_across_a_resume(words, tmp_path, monkeypatc
     assert [row["skipped"] for row in run.metrics()] == [0, 1, 1, 1] and run.status == "failed"
     assert latest_valid(run.checkpoints).meta["extra"]["step"] == 4 and latest_valid(run.checkpoints).meta["step"] == 1
     assert same(adapter(run), at_first)
+
+
+def test_a_run_is_resumed_by_name_in_the_folder_given(words, tmp_path, stop_at, monkeypatch, capsys):
+    stop_at(1)
+    assert app.main(["run", *words(max_steps=2, samples=0, name="mine")]) == 130
+    monkeypatch.chdir(tmp_path.parent)
+    root = str(tmp_path / "runs")
+    assert app.main(["run", "--resume", "mine"]) == 2  # not where we stand
+    assert app.main(["run", "--resume", "mine", "--output-dir", root, "--rank", "2"]) == 2
+    assert "leave --rank away" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_TINKER_OUTPUT_DIR", root)
+    assert command.parse(["--resume"]).resume == command.parse(["--resume", "mine"]).resume
+    monkeypatch.delenv("LOCAL_TINKER_OUTPUT_DIR")
+    assert app.main(["run", "--resume", "mine", "--output-dir", root]) == 0
+    (run,) = list_runs(root)
+    assert run.status == "finished" and len(run.metrics()) == 2
+    capsys.readouterr()
+    # said before anything is read or loaded
+    assert app.main(["run", "--resume", str(run.path)]) == 2
+    said = capsys.readouterr()
+    assert f"run {run.id} is finished: there is nothing to resume" in said.err and not said.out
