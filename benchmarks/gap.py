@@ -23,7 +23,7 @@ PROMPT = 16  # tokens of every prompt: of one length, transformers decodes them 
 
 
 def measure(model: str, dtype: str, *, prompts: int, new: int, device: str = "cpu") -> dict[str, dict]:
-    """Differences decode - forward of `prompts` x `new` log-probs: {"ours": statistics, "transformers": statistics}."""
+    """Differences decode - forward of `prompts` (a multiple of 4) x `new` log-probs, as `statistics`: {"ours", "transformers"}."""
     from local_tinker.model.catalogue import resolve
 
     folder = str(resolve(model).path)
@@ -40,9 +40,10 @@ def sampled(folder: str, dtype: str, *, prompts: int, new: int, device: str) -> 
     with ServiceClient(engine=LocalEngine(device), quiet=True) as service:
         trainer = service.create_lora_training_client(folder, rank=4, quantize=None, dtype=dtype)
         sampler = trainer.save_weights_and_get_sampling_client()
-        rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()[:prompts]]
-        asked = [trainer.renderer.conversation(row["messages"]).tokens[-PROMPT:] for row in rows]
-        completions = sampler.sample_batch(asked, max_tokens=new, seed=1, stop=[])
+        settings = dict(max_tokens=new, seed=1, stop=[])
+        asked = pieces(trainer.tokenizer, prompts // 2 + prompts // 4)
+        completions = sampler.sample_batch(asked[: prompts // 2], **settings)  # alone, and two to a prompt
+        completions += sum(sampler.sample_batch(asked[prompts // 2 :], n=2, **settings), [])
         texts = [[*c.prompt_tokens, *c.tokens] for c in completions]
         datums = [Datum(ModelInput.from_ints(text[:-1]), {"target_tokens": text[1:]}) for text in texts]
         trained = trainer.forward(datums, "cross_entropy").logprobs
@@ -52,6 +53,15 @@ def sampled(folder: str, dtype: str, *, prompts: int, new: int, device: str) -> 
             for decode, forward in zip(completion.logprobs, scores[PROMPT - 1 :].tolist(), strict=True)
         ]
     return completions, gaps
+
+
+def pieces(tokenizer, count: int) -> list[list[int]]:
+    """The first pieces of `PROMPT` tokens of the text of `ROWS`."""
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    ids = tokenizer(" ".join(message["content"] for row in rows for message in row["messages"])).input_ids
+    found = [ids[at : at + PROMPT] for at in range(0, len(ids) - PROMPT + 1, PROMPT)]
+    assert count <= len(found), f"the text has {len(found)} prompts, {count} are wanted"
+    return found[:count]
 
 
 def decoded(folder: str, dtype: str, completions: Sequence, *, device: str) -> list[float]:
