@@ -5,8 +5,7 @@ import gc
 import pytest
 import torch
 
-from local_tinker import ServiceClient
-from local_tinker.engine import out_of_memory
+from local_tinker import ServiceClient, out_of_memory
 from local_tinker.engine.optimiser import FlatAdamW, GradientWindow, clip
 from local_tinker.errors import DeviceMemoryError
 from local_tinker.types import AdamParams
