@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from . import report
 
@@ -70,6 +71,62 @@ def training(model: str, steps: int) -> dict:
     }
 
 
+def sampling(model: str, *, batches: tuple[int, ...], prompt: int, new: int, rounds: int, threads: int = 2) -> dict:
+    """Greedy tokens a second beside transformers' generate: fp32, distinct prompts of one length, the same tokens from
+    both. The sides take turns and the median of each counts; `first_s` is a call for one new token."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from local_tinker import ServiceClient
+    from local_tinker.model.catalogue import resolve
+
+    folder = str(resolve(model).path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    vocab = theirs.config.vocab_size
+    figures = {"prompt": prompt, "new": new, "threads": threads}
+    with ServiceClient(device="cpu", quiet=True) as service:
+        sampler = service.create_sampling_client(folder, quantize=None, dtype="float32")
+        for batch in batches:
+            shape, generator = (batch, prompt), torch.Generator().manual_seed(batch)
+            ids = torch.randint(10, vocab - 10, shape, generator=generator)
+            sides = {"ours": _ours(sampler, ids), "transformers": _theirs(theirs, ids)}
+            same = len({str(side(new)) for side in sides.values()}) == 1  # and everything is warm
+            figures[f"batch {batch}"] = {**_alternately(sides, new, rounds), "same_tokens": same}
+            print(json.dumps({f"batch {batch}": figures[f"batch {batch}"]}), file=sys.stderr, flush=True)
+    torch.set_num_threads(before)
+    return figures
+
+
+def _ours(sampler, ids) -> Callable[[int], list[list[int]]]:
+    asked = ids.tolist()
+    return lambda new: [list(c.tokens) for c in sampler.sample_batch(asked, max_tokens=new, temperature=0, stop=[])]
+
+
+def _theirs(model, ids) -> Callable[[int], list[list[int]]]:
+    import torch
+
+    given = dict(attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, pad_token_id=0)
+    return lambda new: model.generate(ids, max_new_tokens=new, **given)[:, ids.shape[1] :].tolist()
+
+
+def _alternately(sides: dict, new: int, rounds: int) -> dict:
+    """Median seconds of a first token and tokens a second of a whole call, the sides taking turns."""
+    times: dict[tuple[str, int], list[float]] = {}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            for count in (1, new):
+                start = time.perf_counter()
+                rows = len(side(count))
+                times.setdefault((name, count), []).append(time.perf_counter() - start)
+    found = {}
+    for name in sides:
+        first, whole = (statistics.median(times[name, count]) for count in (1, new))
+        found[name] = {"tok_s": round(rows * new / whole, 1), "first_s": round(first, 3)}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", metavar="DIR", help="a model folder to use instead; nothing is written")
@@ -78,6 +135,12 @@ def main() -> None:
     options = parser.parse_args()
     figures = {name: round(wall(arguments, options.runs), 3) for name, arguments in COMMANDS.items()}
     figures |= training(options.tiny or "smollm2-135m", options.steps)
+    size = (
+        dict(batches=(1, 8), prompt=8, new=4, rounds=1)
+        if options.tiny
+        else dict(batches=(1, 8, 32), prompt=64, new=32, rounds=3)
+    )
+    figures["sampling"] = sampling(options.tiny or "smollm2-135m", **size)
     print(json.dumps(figures, indent=2))
     if not options.tiny:
         print(report.write("cpu", figures))

@@ -86,8 +86,9 @@ def line(case: Case, mode: str, total: float, first: float, peak: float, card: d
         "prefill_s": round(first, 3),
         "peak_gib": round(peak, 2),
     }
+    linear_bytes = extra.pop("linear_bytes", 2.0)
     if card is not None:
-        roofline = case.roofline(card, linear_bytes=extra.pop("linear_bytes", 2.0))
+        roofline = case.roofline(card, linear_bytes=linear_bytes)
         figures |= {"roofline_ms": round(roofline * 1e3, 3), "share": round(roofline / step, 3)}
     figures |= extra
     print(json.dumps(figures), flush=True)

@@ -150,7 +150,9 @@ class SamplingClient:
         refuse_unknown("stream", type(self).stream, unknown)
         params = _params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
         requests = self._requests([prompt], 1, params)
-        events = self._engine.sample(self._snapshot.id, requests, stream=True, deterministic=deterministic)
+        events = self._engine.sample(
+            self._snapshot.id, requests, stream=True, deterministic=deterministic, say=self._say
+        )
         return (event.text for event in events if isinstance(event, Delta) and event.text)
 
     def compute_logprobs(self, prompt: Prompt) -> list[float | None]:
@@ -199,7 +201,9 @@ class SamplingClient:
             return []
         results: list[list[Any]] = [[None] * n for _ in requests]
         with sampling_progress(len(requests) * n) as progress:
-            events = self._engine.sample(self._snapshot.id, requests, progress=progress, deterministic=deterministic)
+            events = self._engine.sample(
+                self._snapshot.id, requests, progress=progress, deterministic=deterministic, say=self._say
+            )
             for event in events:
                 if isinstance(event, Finished):
                     results[event.request][event.sample] = event.completion(weights_version=self._snapshot.version)

@@ -10,6 +10,7 @@ LAYERS = {
     "types": 0,
     "errors": 0,
     "hardware": 0,
+    "out_of_memory": 0,
     "model": 1,
     "data": 1,
     "losses": 1,

@@ -81,6 +81,46 @@ def test_a_sample_between_two_forward_backward_calls_changes_no_gradient_bit(ser
     assert torch.equal(plain[0], sampled[0]) and plain[1] == sampled[1]
 
 
+@pytest.mark.parametrize("plain_road", [False, True])
+def test_a_sample_is_drawn_without_dropout_and_leaves_training_with_it(tiny_model, plain_road):
+    from local_tinker import ServiceClient
+    from local_tinker.engine.local import LocalEngine
+
+    losses = []
+    with ServiceClient(engine=LocalEngine("cpu", plain_road=plain_road), quiet=True) as service:
+        for sampled in (True, False):
+            trainer = service.create_lora_training_client(
+                str(tiny_model), rank=4, quantize=None, dtype="float32", seed=3, dropout=0.5
+            )
+            warm(trainer)
+            plain = float(trainer.forward(ROWS))
+            if sampled:
+                client = trainer.save_weights_and_get_sampling_client()
+                one, two = (client.sample(CHAT, max_tokens=8, seed=1, stop=[]) for _ in range(2))
+                assert (one.tokens, one.logprobs) == (two.tokens, two.logprobs)
+                assert trainer_logprobs(trainer, one) == pytest.approx(one.logprobs, abs=1e-4)
+            losses.append(float(trainer.forward_backward(ROWS)))
+            assert abs(losses[-1] - plain) > 0.01
+    assert losses[0] == losses[1]
+
+
+def test_the_plain_road_samples_in_evaluation_mode_and_leaves_every_flag(tmp_path):
+    from local_tinker import ServiceClient
+    from local_tinker.engine.local import LocalEngine
+    from tests import tiny
+
+    folder = tiny.save(tmp_path / "model", attention_dropout=0.5)
+    engine = LocalEngine("cpu", plain_road=True)
+    with ServiceClient(engine=engine, quiet=True) as service:
+        client = service.create_sampling_client(str(folder), quantize=None, dtype="float32")
+        (model,) = (loaded.road.model for loaded, _ in engine._bases.values())
+        flags = {name: module.training for name, module in model.named_modules()}
+        one, two = (client.sample(CHAT, max_tokens=8, seed=1, stop=[]) for _ in range(2))
+        assert (one.tokens, one.logprobs) == (two.tokens, two.logprobs)
+        assert not any(flags.values())
+        assert {name: module.training for name, module in model.named_modules()} == flags
+
+
 def test_the_same_seed_gives_the_same_completion_alone_and_in_a_batch(sampler):
     alone = [sampler.sample(p, max_tokens=12, seed=9) for p in PROMPTS]
     batch = sampler.sample_batch(PROMPTS, max_tokens=12, seed=9)

@@ -162,6 +162,7 @@ class Engine(Protocol):
         stream: bool = False,
         progress: Callable[[Progress], None] | None = None,
         deterministic: bool = False,
+        say: Callable[[str], None] = ...,
     ) -> Iterator[Delta | Finished]: ...
 
     def compute_logprobs(self, snapshot_id: str, tokens: Sequence[int]) -> list[float | None]: ...

@@ -14,12 +14,12 @@ from ..errors import CheckpointError, StateError
 from ..model.adapter import Adapter, AdapterSpec, choose_targets
 from ..model.decode import DecodeRoad
 from ..model.load import LoadedModel, fingerprint, load_model
+from ..out_of_memory import give_back, until_it_fits
 from ..sampler.decode import Progress, SamplerEngine
 from ..sampler.sequence import Delta, Finished, Request, derive_seed
 from ..types import AdamParams, LossResult, StepResult
 from .base import AdapterOptions, BaseInfo, LossCall, SavedAdapter, Scores, SnapshotInfo, TrainerState, Unit
 from .device import own
-from .out_of_memory import until_it_fits
 from .planning import Budget, plan_budget
 from .state import export_state, import_state, require_no_gradients, saved_adapter, state_bytes
 from .step import Weights
@@ -27,7 +27,7 @@ from .trainer import Trainer
 from .turns import Turns
 
 END = object()
-PREFILL = {"cuda": 8192, "cpu": 2048}  # prompt tokens of one forward
+PREFILL = {"cuda": 8192, "cpu": 1024}  # prompt tokens of one forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,9 @@ class LocalEngine:
             model = self._base(base_id)
             spec = _adapter_spec(model, options, start)
             budget = plan_budget(model, spec, micro_batch_tokens=options.micro_batch_tokens)
-            trainer = until_it_fits(lambda: Trainer(model, spec, budget, say=say), step_down=lambda: False)
+            trainer = until_it_fits(
+                lambda: Trainer(model, spec, budget, say=say, spare=self._spare), step_down=self._spare
+            )
             trainer.make_room()
             if start is not None:
                 with torch.no_grad():
@@ -216,12 +218,21 @@ class LocalEngine:
         if budget.hold_weights:
             model.hold_weights(rank=max((trainer.spec.rank for trainer in training), default=0))
         if model not in self._samplers:
-            self._samplers[model] = _sampler_for(model, budget)
+            self._samplers[model] = _sampler_for(model, budget, spare=self._spare)
         sampler = self._samplers[model]
         sampler.token_budget = budget.sampler_tokens
         # Between runs the cache's storage stays only where training does not want the memory.
         sampler.keep_bytes = budget.spare_bytes(*(trainer.budget for trainer in training))
         return sampler
+
+    def _spare(self) -> bool:
+        """Let go of what samplers keep between their runs; whether there was something."""
+        kept = sum(sampler.kept_bytes for sampler in self._samplers.values())
+        for sampler in self._samplers.values():
+            sampler.drop_idle()
+        if kept:
+            give_back()
+        return kept > 0
 
     def sample(
         self,
@@ -231,6 +242,7 @@ class LocalEngine:
         stream: bool = False,
         progress: Callable[[Progress], None] | None = None,
         deterministic: bool = False,
+        say: Callable[[str], None] = lambda line: None,
     ) -> Iterator[Delta | Finished]:
         """Events of all requests; the device is free for others between two of them."""
         with self._turn():
@@ -244,6 +256,7 @@ class LocalEngine:
                 progress=progress,
                 pauses=True,
                 deterministic=deterministic,
+                say=say,
             )
         return self._in_turns(events)
 
@@ -285,7 +298,7 @@ class LocalEngine:
                 torch.cuda.empty_cache()
 
 
-def _sampler_for(model: LoadedModel, budget: Budget) -> SamplerEngine:
+def _sampler_for(model: LoadedModel, budget: Budget, *, spare: Callable[[], bool]) -> SamplerEngine:
     dims = model.dims
     fused = None if model.fast is None else DecodeRoad(model.fast)
     return SamplerEngine(
@@ -304,6 +317,7 @@ def _sampler_for(model: LoadedModel, budget: Budget) -> SamplerEngine:
         head_path=model.head_path,
         prefill_chunk=PREFILL[model.device.type],
         fused=fused,
+        spare=spare,
     )
 
 

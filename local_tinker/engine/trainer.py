@@ -20,13 +20,13 @@ from ..losses.base import LossInputs, LossSpec, finish_metrics
 from ..model.adapter import Adapter, AdapterSpec
 from ..model.load import LoadedModel
 from ..model.lora import LoraDropout
+from ..out_of_memory import until_it_fits
 from ..sampler.sequence import derive_seed
 from ..types import AdamParams, LossResult, StepResult
 from .base import LossCall, Scores, Unit
 from .footprint import Choice
 from .interrupts import finish_first
 from .optimiser import SUMS, FlatAdamW, GradientWindow, WindowBackup, clip
-from .out_of_memory import until_it_fits
 from .planning import Budget
 from .step import (
     Gradients,
@@ -70,12 +70,21 @@ class Trainer:
             under `branch`, a new uid, since the original may have gone on too.
         step: optimiser steps applied.
         calls: forward_backward calls since the start, which seed dropout.
+
+    Args:
+        spare: lets go of memory that nobody uses when there is too little; whether there was some.
     """
 
     def __init__(
-        self, model: LoadedModel, spec: AdapterSpec, budget: Budget, *, say: Callable[[str], None] = lambda line: None
+        self,
+        model: LoadedModel,
+        spec: AdapterSpec,
+        budget: Budget,
+        *,
+        say: Callable[[str], None] = lambda line: None,
+        spare: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.model, self.spec, self.budget, self._say = model, spec, budget, say
+        self.model, self.spec, self.budget, self._say, self._spare = model, spec, budget, say, spare
         self.adapter = Adapter(spec, dtype=model.dtype, device=model.device)
         self.adapter.initialise()
         self.optimiser = FlatAdamW(self.adapter.master)
@@ -120,6 +129,9 @@ class Trainer:
             return attempt()
 
         def step_down() -> bool:
+            if self._spare():
+                self._say("out of memory; the sampler's idle cache was let go and the call is repeated")
+                return True
             smaller = self.budget.smaller(longest)
             if smaller is None:
                 return False

@@ -203,15 +203,18 @@ class ProjectionGroup:
         extra = padded(lora.width) if self.fused(lora) and not self.single else 0
         return like.new_empty(like.shape[0], self.inputs + extra)
 
-    def forward(self, x: Tensor, lora: GroupLora | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, lora: GroupLora | None, *, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """x as `room` gave it -> y (N, O) and thin = x A^T (N, m R), which backward wants; None without adapters.
 
         The thin product is a copy: as a part of the wide buffer it was made in, it would hold all of that.
+
+        Args:
+            out: where y may go; the fused form makes its own.
         """
         if lora is None:
-            return F.linear(x, self.dense(), self._bias), None
+            return self._base(x, out), None
         if not self.fused(lora):
-            return self._forward_separate(x, lora)
+            return self._forward_separate(x, lora, out)
         weight, width = self._with_adapter(lora), lora.width
         if self.single:
             bias = None if self._bias is None else F.pad(self._bias, (0, weight.shape[0] - self.outputs))
@@ -225,8 +228,14 @@ class ProjectionGroup:
             x[:, self.inputs + width :].zero_()
         return F.linear(x, weight, self._bias), thin.contiguous()
 
-    def _forward_separate(self, x: Tensor, lora: GroupLora) -> tuple[Tensor, Tensor]:
-        y = F.linear(x, self.dense(), self._bias)
+    def _base(self, x: Tensor, out: Tensor | None) -> Tensor:
+        if out is None:
+            return F.linear(x, self.dense(), self._bias)
+        weight = self.dense().t()
+        return torch.mm(x, weight, out=out) if self._bias is None else torch.addmm(self._bias, x, weight, out=out)
+
+    def _forward_separate(self, x: Tensor, lora: GroupLora, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        y = self._base(x, out)
         thin = self._thin(x, lora)
         for slot, (i, b) in enumerate(zip(lora.members, lora.bs, strict=True)):
             rows = y[:, self.starts[i] : self.starts[i + 1]]

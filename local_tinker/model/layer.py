@@ -148,6 +148,7 @@ class DecoderPass:
         self._kept: list[_Kept] = []
         self._final: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._wide: Tensor | None = None
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
@@ -219,11 +220,21 @@ class DecoderPass:
         """-> the residual h2 = h + pending, everything on the way, and the projected output (N, H)."""
         lora = self.call.lora
         h2, x = self._enter(h, pending, weights.before_mlp, weights.gate_up, lora(weights.gate_up))
-        gate_up, thin_gate_up = weights.gate_up.forward(x, lora(weights.gate_up))
+        gate_up, thin_gate_up = weights.gate_up.forward(x, lora(weights.gate_up), out=self._scratch(x, weights.gate_up))
         del x
-        z, thin_down = weights.down.forward(gated(gate_up, self.spec.activation), lora(weights.down))
+        made = gated(gate_up, self.spec.activation, spent=self._wide is not None)
+        z, thin_down = weights.down.forward(made, lora(weights.down))
         projected = z if weights.after_mlp is not None else None
         return h2, _Mlp(gate_up, thin_gate_up, thin_down, projected), z
+
+    def _scratch(self, x: Tensor, group: ProjectionGroup) -> Tensor | None:
+        """Where gate and up of every layer go when nothing is kept. A CPU's allocator hands a block of this size back to
+        the system each time it is freed, and filling it with new pages takes a tenth of the pass."""
+        if self.levels is not None or x.is_cuda:
+            return None
+        if self._wide is None or self._wide.shape != (x.shape[0], group.outputs):
+            self._wide = x.new_empty(x.shape[0], group.outputs)
+        return self._wide
 
     def _mlp_in_tiles(self, weights: LayerWeights, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         if self._whole(h):

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..model.decode import DecodeRoad
+from ..out_of_memory import until_it_fits
 from .forward import Forward, Head, Road
 from .group import PAGE, Group, build_groups, check_ids, pages_for
-from .run import FIXED_ROWS, Run
+from .run import FIXED_ROWS
+from .running import ADVICE, Running
 from .scheduler import PagePool, Piece, Scheduler
 from .sequence import Delta, Finished, Request
 from .workspace import Workspace
@@ -42,6 +44,7 @@ class SamplerEngine:
         max_positions: the model's context. vocab_size: ids a prompt may hold. prefill_chunk: context tokens a forward.
         head_path: the head's key in `pairs`, for adapters that train it.
         fused: the road's decoding step, see `model.decode`; None decodes through the road itself.
+        spare: lets go of memory that nobody uses when there is too little; whether there was some.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class SamplerEngine:
         head_path: str = "lm_head",
         heads: int | None = None,
         fused: DecodeRoad | None = None,
+        spare: Callable[[], bool] = lambda: False,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("max_positions", max_positions), ("prefill_chunk", prefill_chunk)):
             assert value >= 1, f"{name} must be 1 or more, got {value}"
@@ -70,9 +74,10 @@ class SamplerEngine:
         self._vocab_size = vocab_size
         self._cache_shape = dict(layers=layers, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, device=device)
         self._device = torch.device(device)
-        self._max_rows, self._max_positions, self._prefill_chunk = max_rows, max_positions, prefill_chunk
+        self._max_rows, self._max_positions, self.prefill_chunk = max_rows, max_positions, prefill_chunk
         self.token_budget = token_budget
         self.keep_bytes = 0
+        self.spare = spare
         self._idle: Workspace | None = None
 
     @property
@@ -92,6 +97,7 @@ class SamplerEngine:
         progress: Callable[[Progress], None] | None = None,
         pauses: bool = False,
         deterministic: bool = False,
+        say: Callable[[str], None] = lambda line: None,
     ) -> Iterator[Delta | Finished | None]:
         """Sample every request; a `Finished` for each sample as it ends, with `stream` a `Delta` for each token before.
 
@@ -102,6 +108,10 @@ class SamplerEngine:
             tokenizer: gives the text; None for tokens only.
             pauses: also yield None after every round, where whoever holds the device may let others go first.
             deterministic: the same bits whatever else the run holds, at the price of fixed sizes of all products.
+            say: told when memory ran out and the run goes on with less.
+
+        Raises:
+            DeviceMemoryError: from the iterator, when one row alone does not fit. The engine stays usable.
         """
         on_card = self._device.type == "cuda"
         deterministic = deterministic and on_card  # a CPU's products do not change with the batch by design of the step
@@ -120,7 +130,7 @@ class SamplerEngine:
             pool=PagePool(min(self.token_budget // PAGE, _pages_wanted(groups, rows))),
             budget=self.token_budget,
             max_rows=rows,
-            prefill_chunk=self._prefill_chunk,
+            prefill_chunk=self.prefill_chunk,
             admit_at=max(1, rows // 16) if on_card else 1,
             alone=deterministic,
         )
@@ -133,6 +143,7 @@ class SamplerEngine:
             stream=stream,
             pauses=pauses,
             deterministic=deterministic,
+            say=say,
         )
 
     def collect(
@@ -177,21 +188,31 @@ class SamplerEngine:
             )
         self.forward.bind(pairs, scale, anew=True)
         group = Group(prompt, shared=True, pages=list(range(1, pages + 1)))
-        work = self._take(pages)
+        chunk = self.prefill_chunk if self.forward.packed else len(prompt)
+
+        def step_down() -> bool:
+            nonlocal chunk
+            smaller = max(PAGE, chunk // 2) if self.forward.packed else chunk
+            found, chunk = self.spare() or smaller < chunk, min(chunk, smaller)
+            return found
+
+        return until_it_fits(lambda: self._scores(group, chunk), step_down=step_down, advice=ADVICE)
+
+    def _scores(self, group: Group, chunk: int) -> list[float | None]:
+        length, pages, work = len(group.prompt_tokens), len(group.pages), None
         try:
+            work = self.take(pages)
             work.cache.grow(pages + 1, keep=False)
-            parts = [self._score(group, start, work) for start in range(0, len(prompt), self._chunk(len(prompt)))]
+            parts = [self._score(group, start, chunk, work) for start in range(0, length, chunk)]
             return [None, *torch.cat(parts).tolist()]
         finally:
-            self._give_back(work)
+            if work is not None:
+                self.give_back(work)
 
-    def _chunk(self, length: int) -> int:
-        return self._prefill_chunk if self.forward.packed else length
-
-    def _score(self, group: Group, start: int, work: Workspace) -> Tensor:
+    def _score(self, group: Group, start: int, chunk: int, work: Workspace) -> Tensor:
         """Log-probs of the tokens after start, start + 1, ... up to a chunk."""
         prompt = group.prompt_tokens
-        stop = min(len(prompt), start + self._chunk(len(prompt)))
+        stop = min(len(prompt), start + chunk)
         if self.forward.packed:
             hidden = self.forward.context([Piece(group, start, stop)], work.cache)
         else:
@@ -207,7 +228,7 @@ class SamplerEngine:
 
     # -- the workspace -----------------------------------------------------------------------------------------------
 
-    def _take(self, pages: int) -> Workspace:
+    def take(self, pages: int) -> Workspace:
         """The idle workspace, or a new one where another run has it, with room for so many pages."""
         work, self._idle = self._idle, None
         if work is None:
@@ -216,18 +237,22 @@ class SamplerEngine:
             work.forget_steps()
         return work
 
-    def _give_back(self, work: Workspace) -> None:
+    def give_back(self, work: Workspace) -> None:
         if self._idle is None and work.nbytes <= self.keep_bytes:
             work.clear()
             self._idle = work
         else:
             work.free()
 
-    def free(self) -> None:
-        """Let go of what is kept between runs."""
+    def drop_idle(self) -> None:
+        """Let go of the workspace that waits for the next run."""
         work, self._idle = self._idle, None
         if work is not None:
             work.free()
+
+    def free(self) -> None:
+        """Let go of what is kept between runs."""
+        self.drop_idle()
         self.forward.unbind()
 
     # -- events ------------------------------------------------------------------------------------------------------
@@ -242,35 +267,33 @@ class SamplerEngine:
         stream: bool,
         pauses: bool,
         deterministic: bool,
+        say: Callable[[str], None],
     ) -> Iterator[Delta | Finished | None]:
         if not scheduler.unfinished:
             return
         whole = False
-        work = self._take(scheduler.pool.pages)
+        running = Running(self, scheduler, groups, adapter, fixed=deterministic, say=say)
         try:
-            run = Run(self.forward, work, scheduler, groups, fixed=deterministic)
-            self.forward.bind(*adapter, anew=True)
             while scheduler.unfinished:
-                self.forward.bind(*adapter)  # another run may have had its turn
-                run.round()
-                for drawn in run.settle():
-                    deltas = [delta for row, *new in drawn for delta in row.extend(*new)]
-                    done = [row for row, *_ in drawn if row.finished]
-                    run.release(done)
-                    report.add(len(done), sum(len(tokens) for _, tokens, _ in drawn))
-                    if stream:
-                        yield from deltas
-                    for row in done:
-                        yield row.result()
-                if pauses:
-                    yield None
+                drawn = running.next()
+                if drawn is None:
+                    if pauses:
+                        yield None
+                    continue
+                deltas = [delta for row, *new in drawn for delta in row.extend(*new)]
+                done = [row for row, *_ in drawn if row.finished]
+                running.release(done)
+                report.add(len(done), sum(len(tokens) for _, tokens, _ in drawn))
+                if stream:
+                    yield from deltas
+                for row in done:
+                    yield row.result()
             whole = True
         except GeneratorExit:
             whole = True
             raise
         finally:
-            # What an error or an interrupt has left half done is not used again.
-            self._give_back(work) if whole else work.free()
+            running.end(whole)
 
 
 class _Report:

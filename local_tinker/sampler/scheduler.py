@@ -141,8 +141,11 @@ class Scheduler:
     def evict(self) -> int | None:
         """The youngest row gives its pages back and waits at the head of the queue; returns the slot it had. Its tokens
         must all be known."""
+        assert len(self._running) > 1, "the oldest row always fits"
+        return self._put_back()
+
+    def _put_back(self) -> int | None:
         row = self._running.pop()
-        assert self._running, "the oldest row always fits"
         slot = row.slot
         self._vacate(row)
         row.restart()
@@ -158,6 +161,21 @@ class Scheduler:
                 self._queue.remove(group)
             self._queue.appendleft(group)
         return slot
+
+    @property
+    def least_pages(self) -> int:
+        """Pages without which some row could not run even alone."""
+        groups = {id(group): group for group in (*self._queue, *(row.group for row in self._running))}.values()
+        rows = [*self._running, *(row for group in groups for row in group.waiting)]
+        return max((_alone(row) for row in rows), default=1)
+
+    def start_over(self, *, pages: int, max_rows: int, prefill_chunk: int) -> None:
+        """Nothing is stored any more, and less may be: every row waits again, in its order and with the tokens it has."""
+        while self._running:
+            self._put_back()
+        self._pool, self._prefill_chunk = PagePool(pages), prefill_chunk
+        self.slots = [None] * max_rows
+        self._admit_at = min(self._admit_at, max_rows)
 
     def release(self, finished: Iterable[Sequence]) -> None:
         """Give back what finished samples hold, and the prompt with the last of its group."""
@@ -224,11 +242,15 @@ class Scheduler:
 
     def _check_fit(self) -> None:
         for group in self._queue:
-            prompt = pages_for(len(group.context)) if group.shared else 0
             for row in group.waiting:
-                if prompt + pages_for(row.most) > self._pool.pages:
+                if _alone(row) > self._pool.pages:
                     raise UsageError(
                         f"prompt {row.request} needs cache for {len(row.prompt_tokens)} prompt tokens and {row.max_new} "
                         f"new ones, the sampler's budget is {self._budget} tokens; "
                         "lower max_tokens or shorten the prompt"
                     )
+
+
+def _alone(row: Sequence) -> int:
+    """The most pages a row comes to, its group's included."""
+    return (pages_for(len(row.group.context)) if row.group.shared else 0) + pages_for(row.most)

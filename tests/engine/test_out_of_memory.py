@@ -5,13 +5,14 @@ import weakref
 import pytest
 import torch
 
+from local_tinker import out_of_memory
 from local_tinker.cli import app
-from local_tinker.engine import local, optimiser, out_of_memory, step
+from local_tinker.engine import local, optimiser, step
 from local_tinker.engine import trainer as module
 from local_tinker.engine.footprint import total_bytes
-from local_tinker.engine.out_of_memory import is_out_of_memory, until_it_fits
 from local_tinker.errors import DeviceMemoryError
 from local_tinker.model.layer import DecoderPass
+from local_tinker.out_of_memory import is_out_of_memory, until_it_fits
 from tests.test_training import ROWS, everything, inner, same, warm
 
 # (owner, attribute): the places where a call allocates

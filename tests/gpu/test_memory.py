@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from local_tinker import Datum, ModelInput, ServiceClient
-from local_tinker.engine import out_of_memory
+from local_tinker import Datum, ModelInput, ServiceClient, out_of_memory
 from local_tinker.engine.optimiser import FlatAdamW, GradientWindow, clip
 from local_tinker.errors import DeviceMemoryError
 from local_tinker.model.levels import LEVELS

@@ -161,3 +161,20 @@ def test_cuda_kernels_equal_the_reference_forward_and_backward(dtype, window):
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     for a, b in zip([out, *(t.grad for t in ours)], [expected, *(t.grad for t in theirs)], strict=True):
         assert ((a.double() - b).norm() / b.norm().clamp_min(100.0)).item() < tolerance  # with one key dq and dk are 0
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_documents_of_one_length_take_one_call_and_equal_one_by_one(window, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(21, h, 8, generator=generator).double() for h in (4, 2, 2))
+    alone = [
+        attention.attend_document(q[i : i + 7], k[i : i + 7], v[i : i + 7], scale=0.3, window=window)
+        for i in (0, 7, 14)
+    ]
+    calls, real = [], attention.attend_equal
+    monkeypatch.setattr(attention, "attend_equal", lambda *a, **o: calls.append(1) or real(*a, **o))
+    out = attention.VarlenCausal([0, 7, 14, 21], "cpu")(0, q, k, v, scale=0.3, window=window, softcap=None)
+    torch.testing.assert_close(out, torch.cat(alone), atol=1e-12, rtol=0)
+    assert calls == [1]
+    attention.VarlenCausal([0, 7, 15, 21], "cpu")(0, q, k, v, scale=0.3, window=window, softcap=None)
+    assert calls == [1]

@@ -52,6 +52,22 @@ def test_policy_recipes_run_and_log_their_rewards(words, the_run, loss, own, own
     assert (run.adapter / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
+@pytest.mark.parametrize("loss, own", [("grpo", dict(group_size=4)), ("ppo", dict(ppo_epochs=1, minibatches=1))])
+def test_the_first_step_is_on_policy_at_every_temperature(words, the_run, loss, own, own_reward, temperature):
+    flags = words(**POLICY | dict(max_steps=1), reward=own_reward, temperature=temperature, dtype="float32", **own)
+    assert app.main(["run", "--loss", loss, *flags]) == 0
+    for name in ("ratio_mean", "ratio_max"):
+        assert column(the_run(), name)[0] == pytest.approx(1.0, abs=2e-4)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "ppo"])
+@pytest.mark.parametrize("name, value", [("top_p", 0.9), ("top_k", 5), ("min_p", 0.1)])
+def test_policy_recipes_draw_from_the_whole_distribution(words, capsys, loss, name, value):
+    assert app.main(["run", "--loss", loss, *words(**POLICY, **{name: value})]) == 2
+    assert f"--{name.replace('_', '-')}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("loss, own", [("grpo", dict(group_size=4)), ("ppo", dict(ppo_epochs=2, minibatches=2))])
 def test_a_resumed_policy_run_equals_an_uninterrupted_one(words, tmp_path, monkeypatch, own_reward, loss, own):
     from local_tinker.recipes.loop import Session

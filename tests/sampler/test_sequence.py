@@ -138,6 +138,22 @@ def test_a_stop_token_at_the_length_limit_is_a_stop():
     assert fill(sequence(None, StopRules(frozenset({7})), max_new=2), [1, 7])[1].stop_reason == "stop"
 
 
+@pytest.mark.parametrize(
+    ("rules", "tokens", "text"),
+    [
+        (StopRules(frozenset({7})), [1, 2, 7, 3], None),
+        (StopRules(stop_strings=("lo",)), [*b"hello world"], "hel"),
+        (StopRules(), [1, 2, 3, 4, 5], None),
+    ],
+)
+def test_of_a_block_of_steps_the_tokens_up_to_the_stop_are_taken(rules, tokens, text):
+    row = sequence(byte_tokenizer() if text else None, rules, max_new=5 if text else 3)
+    assert row.extend(tokens, [-float(i) for i in range(len(tokens))]) == []
+    result, count = row.result(), 5 if text else 3
+    assert (result.tokens, result.text) == (tuple(tokens[:count]), text)
+    assert result.logprobs == tuple(-float(i) for i in range(count))
+
+
 def test_a_finished_sample_makes_a_completion_that_pickles():
     _, result = fill(sequence(byte_tokenizer(), StopRules(stop_strings=("lo",))), b"hello")
     completion = pickle.loads(pickle.dumps(result.completion(weights_version="v/3")))

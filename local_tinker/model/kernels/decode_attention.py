@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import jit, power_of_two, tl, triton_ready
-from .paged import PagedRows, StepPlaces
+from .paged import PIECE, PagedRows, StepPlaces
 
 _LOG2E = 1.4426950408889634
 
@@ -84,12 +84,11 @@ def decode_attention_reference(
 
 
 def _attend_own(q: Tensor, keys: Tensor, values: Tensor, step: StepPlaces, scale: float) -> Tensor:
-    """Rows without a shared prompt: one copy of their pages, one call of torch's attention."""
+    """Rows without a shared prompt: one copy of their tokens, one call of torch's attention."""
     count, heads, width = q.shape
     shared = keys.shape[1]
-    # (Hkv, B * P, PAGE, D), of which every row's tokens are one block
     k, v = (
-        cache.transpose(0, 1).index_select(1, step.own).view(shared, count, -1, width).transpose(0, 1)
+        cache.view(-1, PIECE * width).index_select(0, step.own).view(count, shared, -1, width)
         for cache in (keys, values)
     )
     grouped = q.view(count, shared, heads // shared, width)

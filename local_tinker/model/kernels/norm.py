@@ -29,7 +29,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, kind: str) -> Tensor:
 
 def add_norm_reference(h, y, weight, eps, kind, out):
     total = h if y is None else h + y
-    out.copy_(rms_norm(total, weight, eps, kind))
+    if kind == "round_then_scale" and out.dtype == total.dtype == weight.dtype:
+        torch.mul(weight, F.rms_norm(total, total.shape[-1:], None, eps), out=out)  # `rms_norm`, without a copy
+    else:
+        out.copy_(rms_norm(total, weight, eps, kind))
     return total
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+PIECE = 16  # tokens copied together where torch's attention reads the pages
+
 
 @dataclass(frozen=True, eq=False)
 class StepPlaces:
@@ -17,7 +19,8 @@ class StepPlaces:
 
     Attributes:
         write: (B * Hkv,) rows of the cache as (pages * Hkv * PAGE, D) where this step's keys go.
-        own: (B * P,) the rows' own pages. seen: (B, 1, 1, P * PAGE) which of their tokens exist.
+        own: (B * Hkv * C,) the rows' own tokens head by head in pieces of PIECE, C of them up to the longest row's end;
+            rows of the cache as (pages * Hkv * PAGE / PIECE, PIECE * D). seen: (B, 1, 1, C * PIECE) which tokens exist.
     """
 
     write: Tensor
@@ -29,12 +32,14 @@ class StepPlaces:
         _, shared, page, _ = keys.shape
         last = (rows.own_length - 1).clamp_min(0).long()
         at = rows.own_pages.gather(1, (last // page)[:, None]).long()  # (B, 1)
-        heads = torch.arange(shared, device=keys.device)
-        tokens = torch.arange(rows.own_pages.shape[1] * page, device=keys.device)
+        heads, device = torch.arange(shared, device=keys.device), keys.device
+        pieces = -(-int(last.max() + 1) // PIECE)
+        blocks = (rows.own_pages[:, None].long() * shared + heads[:, None])[..., None] * (page // PIECE)
+        own = (blocks + torch.arange(page // PIECE, device=device)).flatten(2)[:, :, :pieces]  # (B, Hkv, C)
         return cls(
             write=((at * shared + heads) * page + (last % page)[:, None]).flatten(),
-            own=rows.own_pages.flatten().long(),
-            seen=(tokens < rows.own_length[:, None])[:, None, None],
+            own=own.flatten(),
+            seen=(torch.arange(pieces * PIECE, device=device) < rows.own_length[:, None])[:, None, None],
         )
 
 

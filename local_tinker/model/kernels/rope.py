@@ -62,7 +62,19 @@ def _norm_rows(x: Tensor, layout: HeadLayout) -> Tensor:
     return x if layout.per_head else x.flatten(1)
 
 
+def _rotate_into(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """`rotate` in place: the same products and sums, without a copy of x."""
+    pairs = cos.shape[-1]
+    first, second = x[..., :pairs], x[..., pairs : 2 * pairs]
+    crossed = second * cos, first * sin
+    first.copy_((first * cos).sub_(second * sin))
+    second.copy_(crossed[0].add_(crossed[1]))
+
+
 def rotate_qk_reference(qkv, layout, angles, out):
+    if layout.q_norm is None and angles is not None and out is qkv:
+        turned = sum(layout.sizes[:2])  # q and k stand side by side
+        return _rotate_into(qkv[:, :turned].unflatten(-1, (-1, layout.head_dim)), *angles)
     q, k, v = layout.split(qkv)
     parts = []
     for x, weight in ((q, layout.q_norm), (k, layout.k_norm)):

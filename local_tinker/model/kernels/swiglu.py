@@ -25,7 +25,11 @@ _BLOCK = 1024
 
 def gated_reference(gate_up: Tensor, activation: str, out: Tensor) -> None:
     gate, up = gate_up.chunk(2, dim=-1)
-    torch.mul(ACTIVATIONS[activation][0](gate), up, out=out)
+    if activation == "silu":
+        torch.ops.aten.silu.out(gate, out=out)
+    else:
+        torch.ops.aten.gelu.out(gate, approximate="tanh" if activation == "gelu_tanh" else "none", out=out)
+    out.mul_(up)
 
 
 def gated_backward_reference(gate_up: Tensor, dy: Tensor, activation: str) -> None:
@@ -38,10 +42,14 @@ def gated_backward_reference(gate_up: Tensor, dy: Tensor, activation: str) -> No
     dy.copy_(product)
 
 
-def gated(gate_up: Tensor, activation: str) -> Tensor:
-    """(N, 2F) -> act(gate) * up (N, F), act(gate) rounded to the compute type first."""
+def gated(gate_up: Tensor, activation: str, *, spent: bool = False) -> Tensor:
+    """(N, 2F) -> act(gate) * up (N, F), act(gate) rounded to the compute type first.
+
+    Args:
+        spent: nobody reads gate_up after this; its first half may become the result.
+    """
     n, width = gate_up.shape
-    out = gate_up.new_empty(n, width // 2)
+    out = gate_up[:, : width // 2] if spent and not serves(gate_up) else gate_up.new_empty(n, width // 2)
     if not serves(gate_up):
         gated_reference(gate_up, activation, out)
     elif n:

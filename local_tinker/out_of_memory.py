@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from ..errors import DeviceMemoryError
+from .errors import DeviceMemoryError
 
 T = TypeVar("T")
 
@@ -28,12 +28,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
-def until_it_fits(attempt: Callable[[], T], *, step_down: Callable[[], bool]) -> T:
+_ADVICE = (
+    "Close other programs on the device, or use a smaller rank, a shorter max_length, quantize='4bit' or a smaller model: "
+    "`local-tinker plan` shows what each saves"
+)
+
+
+def until_it_fits(attempt: Callable[[], T], *, step_down: Callable[[], bool], advice: str = _ADVICE) -> T:
     """Call `attempt`, and again after each `step_down`, until it does not run out of memory.
 
     Args:
         attempt: leaves state as it was when it raises, and gives the same result every time but for the plan.
         step_down: makes the next attempt need less; False when nothing smaller is left.
+        advice: what the user can do then.
 
     Raises:
         DeviceMemoryError: nothing smaller is left.
@@ -50,9 +57,7 @@ def until_it_fits(attempt: Callable[[], T], *, step_down: Callable[[], bool]) ->
         give_back()
         if not step_down():
             raise DeviceMemoryError(
-                f"out of memory ({cause}), and no smaller plan is left; nothing has changed. Close other programs on the "
-                "device, or use a smaller rank, a shorter max_length, quantize='4bit' or a smaller model: "
-                "`local-tinker plan` shows what each saves"
+                f"out of memory ({cause}), and no smaller plan is left; nothing has changed. {advice}"
             )
 
 
