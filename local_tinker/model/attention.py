@@ -42,16 +42,21 @@ class VarlenCausal:
     Args:
         cu_seqlens: document i holds tokens cu_seqlens[i] to cu_seqlens[i + 1]; starts with 0, ends with N.
         device: where the tokens will be.
+        cu_keys: the same of the keys, where the tokens are only the last of their documents; without gradients.
     """
 
-    def __init__(self, cu_seqlens: Sequence[int], device: torch.device | str) -> None:
+    def __init__(
+        self, cu_seqlens: Sequence[int], device: torch.device | str, *, cu_keys: Sequence[int] | None = None
+    ) -> None:
         self.cu_seqlens = [int(edge) for edge in cu_seqlens]
-        lengths = [stop - start for start, stop in pairwise(self.cu_seqlens)]
-        assert self.cu_seqlens[0] == 0 and lengths and min(lengths) > 0, (
-            f"cu_seqlens {self.cu_seqlens} must rise from 0"
+        self.cu_keys = self.cu_seqlens if cu_keys is None else [int(edge) for edge in cu_keys]
+        queries, keys = (_lengths(edges) for edges in (self.cu_seqlens, self.cu_keys))
+        assert all(0 < asking <= length for asking, length in zip(queries, keys, strict=True)), (
+            f"{queries} queries cannot be the last of {keys} keys"
         )
-        self.max_length = max(lengths)
-        self.blocks = PackedBlocks(self.cu_seqlens, torch.device(device))
+        self.max_queries, self.max_length = max(queries), max(keys)
+        continued = None if self.cu_keys == self.cu_seqlens else self.cu_keys
+        self.blocks = PackedBlocks(self.cu_seqlens, torch.device(device), continued)
 
     def __call__(
         self,
@@ -74,8 +79,8 @@ class VarlenCausal:
         if len(self.cu_seqlens) > 2 and self.max_length * (len(self.cu_seqlens) - 1) == q.shape[0] and softcap is None:
             return attend_equal(q, k, v, self.max_length, scale=scale, window=window)
         outputs = [
-            attend_document(q[i:j], k[i:j], v[i:j], scale=scale, window=window, softcap=softcap)
-            for i, j in pairwise(self.cu_seqlens)
+            attend_document(q[i:j], k[m:n], v[m:n], scale=scale, window=window, softcap=softcap)
+            for (i, j), (m, n) in zip(pairwise(self.cu_seqlens), pairwise(self.cu_keys), strict=True)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -118,12 +123,18 @@ class VarlenCausal:
 
     def _flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """torch's own variable-length flash kernel, which takes fewer key-value heads as they are."""
-        edges = torch.tensor(self.cu_seqlens, dtype=torch.int32, device=q.device)
+        queries, keys = (torch.tensor(e, dtype=torch.int32, device=q.device) for e in (self.cu_seqlens, self.cu_keys))
         left = -1 if window is None else window - 1
         return torch.ops.aten._flash_attention_forward(
-            q, k, v, edges, edges, self.max_length, self.max_length, 0.0, window is None, False,
+            q, k, v, queries, keys, self.max_queries, self.max_length, 0.0, window is None, False,
             scale=scale, window_size_left=left, window_size_right=0,
         )[0]  # fmt: skip
+
+
+def _lengths(edges: Sequence[int]) -> list[int]:
+    lengths = [stop - start for start, stop in pairwise(edges)]
+    assert edges[0] == 0 and lengths and min(lengths) > 0, f"{edges} must rise from 0"
+    return lengths
 
 
 class _Packed(torch.autograd.Function):

@@ -312,5 +312,6 @@ class _Report:
 def _pages_wanted(groups: Sequence[Group], rows: int) -> int:
     """Pages with which no row ever waits for another's: the cache need not be larger."""
     own = sorted((pages_for(row.most) + 1 for group in groups for row in group.waiting), reverse=True)
-    prompts = sorted((pages_for(len(group.prompt_tokens)) for group in groups if group.shared), reverse=True)
-    return sum(own[:rows]) + sum(prompts[:rows]) + min(rows, len(own))
+    prompts = sorted((pages_for(len(group.context)) for group in groups if group.shared), reverse=True)
+    bases = {id(part): pages_for(len(part.context)) for group in groups for part in group.chain[:-1]}
+    return sum(own[:rows]) + sum(prompts[:rows]) + sum(bases.values()) + min(rows, len(own))

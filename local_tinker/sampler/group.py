@@ -22,19 +22,22 @@ def pages_for(tokens: int) -> int:
 @dataclass(eq=False)
 class Group:
     """Samples that begin with the same tokens: all of one prompt, or one each of prompts with a common beginning. What
-    they share is computed and stored once, for all.
+    they share is computed and stored once, for all. Groups that begin alike stand on a group of that beginning.
 
     Attributes:
-        prompt_tokens: what they share.
+        prompt_tokens: what they share, from the first token on.
         shared: it has pages of its own; otherwise its one row keeps it among the row's pages.
-        pages: where it is stored; empty before and after.
-        computed: its tokens already in the cache.
+        base: the group of what these and other groups begin with, whole pages of it; it has no samples itself.
+        pages: where what follows the base is stored; empty before and after.
+        computed: tokens of its context already in the cache.
         last_hidden: (H,) hidden state of its last token, from which samples of this very prompt draw their first token.
-        waiting: samples not admitted yet. running: samples admitted. unfinished: both.
+        waiting: samples not admitted yet. running: samples admitted, or groups on this base that have pages.
+        unfinished: samples, or groups on this base, that have not ended.
     """
 
     prompt_tokens: tuple[int, ...]
     shared: bool = False
+    base: Group | None = None
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     last_hidden: Any = None
@@ -45,17 +48,28 @@ class Group:
     @property
     def context(self) -> tuple[int, ...]:
         """What its own pages hold."""
-        return self.prompt_tokens
+        return self.prompt_tokens[self.offset :]
 
     @property
     def before(self) -> list[int]:
         """Pages of what stands before the context."""
-        return []
+        return [] if self.base is None else self.base.all_pages
 
     @property
     def offset(self) -> int:
         """Position of the context's first token."""
-        return 0
+        return 0 if self.base is None else len(self.base.prompt_tokens)
+
+    @property
+    def all_pages(self) -> list[int]:
+        """Pages of all its tokens; the base fills its own to the end."""
+        return self.before + self.pages
+
+    @property
+    def chain(self) -> list[Group]:
+        """What has pages of its own in the order of the tokens, this group last; empty where its row keeps it."""
+        below = [] if self.base is None else self.base.chain
+        return [*below, self] if self.shared else []
 
 
 @dataclass(eq=False)
@@ -113,7 +127,7 @@ class Sequence:
 
     @property
     def before(self) -> list[int]:
-        return self.group.pages
+        return self.group.all_pages
 
     @property
     def offset(self) -> int:
@@ -232,7 +246,7 @@ def build_groups(
 
     Args:
         share: whether every prompt has pages of its own; None: prompts with several samples do, and lone samples whose
-            prompts begin alike share that beginning.
+            prompts begin alike share that beginning, and so do groups.
     """
     requests = list(requests)
     samples: Counter[tuple[int, ...]] = Counter()
@@ -263,7 +277,12 @@ def build_groups(
             )
             group.waiting.append(sequence)
             group.unfinished += 1
-    return list(groups.values())
+    found = list(groups.values())
+    if share is None:
+        _put_on_bases(found)
+        for row in (row for group in found for row in group.waiting):
+            row.restart()
+    return found
 
 
 def _check(request: Request, index: int, max_positions: int, vocab_size: int, streams_blind: bool, blind: bool) -> None:
@@ -279,17 +298,39 @@ def _check(request: Request, index: int, max_positions: int, vocab_size: int, st
 
 def _common_beginnings(prompts: Several[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
     """Prompt -> how many of its first tokens it shares with others, at least a page and less than all of it."""
+    return {prompt: _common(cluster) for cluster in _alike(prompts, 0) for prompt in cluster}
+
+
+def _put_on_bases(groups: Several[Group], base: Group | None = None) -> None:
+    """Groups that begin alike get a base, and those of them that go on alike another one on top of it."""
+    done = 0 if base is None else len(base.prompt_tokens)
+    of_prompt: dict[tuple[int, ...], list[Group]] = {}
+    for group in groups:
+        of_prompt.setdefault(group.prompt_tokens, []).append(group)
+    for cluster in _alike(list(of_prompt), done):
+        length = _common(cluster) // PAGE * PAGE
+        members = [group for prompt in cluster for group in of_prompt[prompt]]
+        common = Group(cluster[0][:length], shared=True, base=base, unfinished=len(members))
+        for group in members:
+            if group.base is not None:
+                group.base.unfinished -= 1
+            group.base, group.shared = common, True
+        if base is not None:
+            base.unfinished += 1
+        _put_on_bases(members, common)
+
+
+def _alike(prompts: Several[tuple[int, ...]], start: int) -> list[list[tuple[int, ...]]]:
+    """Prompts with the same page of tokens from `start` on and more after it, those that are not the only one."""
     alike: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for prompt in prompts:
-        if len(prompt) > PAGE:
-            alike.setdefault(prompt[:PAGE], []).append(prompt)
-    found = {}
-    for cluster in alike.values():
-        if len(cluster) < 2:
-            continue
-        # The first and the last in order differ the earliest of all.
-        first, last = min(cluster), max(cluster)
-        length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-        length = min(length, min(map(len, cluster)) - 1)
-        found.update(dict.fromkeys(cluster, length))
-    return found
+        if len(prompt) > start + PAGE:
+            alike.setdefault(prompt[start : start + PAGE], []).append(prompt)
+    return [cluster for cluster in alike.values() if len(cluster) > 1]
+
+
+def _common(prompts: Several[tuple[int, ...]]) -> int:
+    """How many first tokens are the same in all, less than all of any."""
+    first, last = min(prompts), max(prompts)  # in order: these differ the earliest
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return min(length, min(map(len, prompts)) - 1)

@@ -6,13 +6,12 @@ Shapes: N packed tokens, B decoding rows, Hq query heads, Hkv key heads, D head 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from ..model.attention import VarlenCausal, attend_document
+from ..model.attention import VarlenCausal
 from ..model.kernels.decode_attention import decode_attention
 from ..model.kernels.paged import PagedRows
 from .group import PAGE
@@ -66,27 +65,16 @@ def places(pages: Sequence[int], start: int, stop: int, *, device: torch.device)
     return torch.tensor(pages, device=device)[at // PAGE], at % PAGE
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """One piece in a forward: its rows, and where all that it sees stands (None: its own rows alone)."""
-
-    rows: slice
-    seen: tuple[Tensor, Tensor] | None
-
-
 class PromptAttend:
     """Attention of one forward over pieces of contexts: writes keys and values, then reads what came before as well."""
 
     def __init__(self, cache: KVCache, pieces: Sequence[Piece]) -> None:
         self._cache = cache
-        written = [places(p.owner.pages, p.start, p.stop, device=cache.device) for p in pieces]
-        self._write = tuple(torch.cat([w[i] for w in written]) for i in range(2))
-        edges = [0, *accumulate(p.stop - p.start for p in pieces)]
-        self._parts = [
-            _Part(slice(*cut), _seen(piece, cache.device)) for cut, piece in zip(pairwise(edges), pieces, strict=True)
-        ]
-        whole = all(part.seen is None for part in self._parts)
-        self._attend = VarlenCausal(edges, cache.device) if whole else None
+        self._write = _joined([places(p.owner.pages, p.start, p.stop, device=cache.device) for p in pieces])
+        queries = [0, *accumulate(p.stop - p.start for p in pieces)]
+        keys = [0, *accumulate(p.owner.offset + p.stop for p in pieces)]
+        self._seen = None if keys == queries else _joined([_seen(piece, cache.device) for piece in pieces])
+        self._attend = VarlenCausal(queries, cache.device, cu_keys=keys)
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
@@ -96,29 +84,23 @@ class PromptAttend:
         page, place = self._write
         keys[page, :, place] = k.to(keys.dtype)
         values[page, :, place] = v.to(values.dtype)
-        given = dict(scale=scale, window=window, softcap=softcap)
-        if self._attend is not None:
-            return self._attend(layer, q, k, v, **given)
-        outs = []
-        for part in self._parts:
-            if part.seen is None:
-                own = k[part.rows], v[part.rows]
-            else:
-                page, place = part.seen
-                own = keys[page, :, place], values[page, :, place]
-            outs.append(attend_document(q[part.rows], *own, **given))
-        return torch.cat(outs)
+        if self._seen is not None:
+            page, place = self._seen
+            k, v = keys[page, :, place], values[page, :, place]
+        return self._attend(layer, q, k, v, scale=scale, window=window, softcap=softcap)
 
 
-def _seen(piece: Piece, device: torch.device) -> tuple[Tensor, Tensor] | None:
+def _seen(piece: Piece, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where all stands that a piece sees, itself included."""
     owner = piece.owner
-    if piece.start == 0 and not owner.offset:
-        return None
+    before = places(owner.before, 0, owner.offset, device=device) if owner.offset else None
     own = places(owner.pages, 0, piece.stop, device=device)
-    if not owner.offset:
-        return own
-    before = places(owner.before, 0, owner.offset, device=device)
-    return tuple(torch.cat([b, o]) for b, o in zip(before, own, strict=True))
+    return own if before is None else _joined([before, own])
+
+
+def _joined(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    pages, within = zip(*found, strict=True)
+    return torch.cat(pages), torch.cat(within)
 
 
 class DecodeAttend:

@@ -169,7 +169,8 @@ class PageTables:
             if row.group.shared:
                 groups.setdefault(id(row.group), []).append(row)
         for at, (group, slots) in enumerate(_segments(groups, shape.readers)):
-            prefix[at, : len(group.pages)] = group.pages
+            pages = group.all_pages
+            prefix[at, : len(pages)] = pages
             readers[at, : len(slots)] = slots
         flat = np.concatenate([own.ravel(), prefix.ravel(), readers.ravel()])
         moved = len(flat) > len(self._flat)

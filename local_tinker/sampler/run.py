@@ -192,7 +192,7 @@ class Run:
             prefix = self._prefix_most
         else:
             needed, own = segments, max(len(row.pages) for row in rows) * PAGE
-            prefix = max((len(row.group.pages) for row in rows if row.group.shared), default=1) * PAGE
+            prefix = max((len(row.group.all_pages) for row in rows if row.group.shared), default=1) * PAGE
         return table_shape(
             self._bucket,
             needed,

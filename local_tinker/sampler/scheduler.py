@@ -75,6 +75,7 @@ class Scheduler:
         self._prefill_chunk, self._admit_at, self._alone = prefill_chunk, admit_at, alone
         self._queue = deque(groups)
         self._pending: deque[Group | Sequence] = deque()  # contexts that are not computed yet
+        self._stored: list[Group] = []  # those with pages
         self._running: list[Sequence] = []  # admitted, oldest first
         self.slots: list[Sequence | None] = [None] * max_rows
         self._check_fit()
@@ -132,6 +133,8 @@ class Scheduler:
         """Pages for the next steps of every decoding row; False where the pool cannot give them."""
         wanted = {row: row.pages_after(steps) - len(row.pages) for row in self.decoding}
         if sum(wanted.values()) > self._pool.free:
+            self._drop_idle(keep=[])
+        if sum(wanted.values()) > self._pool.free:
             return False
         for row, count in wanted.items():
             row.pages += self._pool.take(count)
@@ -153,8 +156,7 @@ class Scheduler:
             self._pending.remove(row)
         group = row.group
         group.running -= 1
-        if not group.running:
-            self._forget(group)
+        self._forget_idle(group)
         group.waiting.appendleft(row)
         if not self._queue or self._queue[0] is not group:
             if group in self._queue:
@@ -173,6 +175,7 @@ class Scheduler:
         """Nothing is stored any more, and less may be: every row waits again, in its order and with the tokens it has."""
         while self._running:
             self._put_back()
+        self._drop_idle(keep=[])
         self._pool, self._prefill_chunk = PagePool(pages), prefill_chunk
         self.slots = [None] * max_rows
         self._admit_at = min(self._admit_at, max_rows)
@@ -186,9 +189,7 @@ class Scheduler:
         for row in gone:
             self._vacate(row)
             row.group.running -= 1
-            row.group.unfinished -= 1
-            if not row.group.unfinished:
-                self._forget(row.group)
+            self._ended(row.group)
 
     def compact(self, rows: int) -> list[tuple[int, int]]:
         """Move rows to slots below `rows`; returns (from, to)."""
@@ -209,11 +210,44 @@ class Scheduler:
             self.slots[row.slot] = None
             row.slot = None
 
+    def _ended(self, group: Group) -> None:
+        """One sample less to come of a group, or one group less on a base."""
+        group.unfinished -= 1
+        if group.unfinished:
+            return
+        self._forget(group)
+        if group.base is not None:
+            self._ended(group.base)
+
     def _forget(self, group: Group) -> None:
+        if not group.pages:
+            return
         self._pool.give(group.pages)
         group.pages, group.computed, group.last_hidden = [], 0, None
+        self._stored.remove(group)
         if group in self._pending:
             self._pending.remove(group)
+        if group.base is not None:
+            group.base.running -= 1
+
+    def _forget_idle(self, group: Group | None) -> None:
+        """Pages of a group that nothing running reads, and of the bases below that only it had in use."""
+        while group is not None and not group.running:
+            self._forget(group)
+            group = group.base
+
+    def _drop_idle(self, keep: list[Group]) -> None:
+        """Let go of what is only kept for samples that come later; they compute it again."""
+        for group in reversed(self._stored.copy()):  # what stands on a base before the base
+            if not group.running and group not in keep:
+                self._forget(group)
+
+    def _store(self, group: Group) -> None:
+        group.pages = self._pool.take(pages_for(len(group.context)))
+        self._stored.append(group)
+        self._pending.append(group)
+        if group.base is not None:
+            group.base.running += 1
 
     def _admit(self) -> None:
         free = len(self.slots) - len(self._running)
@@ -222,15 +256,17 @@ class Scheduler:
         while self._queue and len(self._running) < len(self.slots):
             group = self._queue[0]
             row = group.waiting[0]
-            prompt = pages_for(len(group.context)) if group.shared and not group.pages else 0
+            missing = [part for part in group.chain if not part.pages]
             own = row.pages_after(row.most if self._alone else 1)
             # One page more for every row that runs: a row admitted only to be evicted at once computes for nothing.
             spare = 0 if self._alone else len(self._running)
-            if prompt + own + spare > self._pool.free:
+            wanted = sum(pages_for(len(part.context)) for part in missing) + own + spare
+            if wanted > self._pool.free:
+                self._drop_idle(keep=group.chain)
+            if wanted > self._pool.free:
                 return
-            if prompt:
-                group.pages = self._pool.take(prompt)
-                self._pending.append(group)
+            for part in missing:
+                self._store(part)
             row.pages = self._pool.take(own)
             if row.context:
                 self._pending.append(row)
@@ -253,4 +289,4 @@ class Scheduler:
 
 def _alone(row: Sequence) -> int:
     """The most pages a row comes to, its group's included."""
-    return (pages_for(len(row.group.context)) if row.group.shared else 0) + pages_for(row.most)
+    return sum(pages_for(len(part.context)) for part in row.group.chain) + pages_for(row.most)

@@ -146,6 +146,33 @@ def test_a_common_beginning_of_lone_prompts_is_computed_once_and_changes_nothing
     assert [f.prompt_tokens for f in together] == [r.prompt_tokens for r in asked]
 
 
+def test_a_beginning_that_prompts_with_several_samples_share_is_computed_once_and_changes_nothing():
+    road = ToyRoad(window=90)
+    system, header = prompt(150, 1), prompt(80, 2)  # two whole pages and one
+    prompts = [system + prompt(length, 10 + length) for length in (3, 20, 70)]
+    prompts += [system + header + prompt(length, 20 + length) for length in (1, 9)]
+    asked = [Request(p, SamplingParams(max_tokens=6), seed=i, n=3) for i, p in enumerate(prompts)]
+    asked += [Request(system + prompt(5, 77), SamplingParams(max_tokens=6), seed=9), *requests(2)]
+    together = flat(engine(road, max_rows=30).collect(asked, **PLAIN))
+    steps = max(len(f.tokens) for f in together) - 1
+    alone = [r.prompt_tokens for r in asked[6:]]
+    once = 2 * PAGE + (150 + 80) // PAGE * PAGE - 2 * PAGE
+    rest = sum(len(p) - 2 * PAGE for p in [*prompts[:3], asked[5].prompt_tokens])
+    rest += sum(len(p) - (150 + 80) // PAGE * PAGE for p in prompts[3:])
+    decoded = sum(len(f.tokens) - 1 for f in together)
+    assert steps > 0 and road.tokens_seen == once + rest + sum(map(len, alone)) + decoded
+    same(together, singly(road, asked))
+
+
+@pytest.mark.parametrize("pages", [9, 14])
+def test_a_shared_beginning_survives_a_full_cache(pages):
+    road = ToyRoad(window=90)
+    system = prompt(150, 1)
+    asked = [Request(system + prompt(9, 10 + i), SamplingParams(max_tokens=80), seed=i, n=2) for i in range(4)]
+    small = engine(road, max_rows=6, token_budget=pages * PAGE)
+    same(flat(small.collect(asked, **PLAIN)), singly(road, asked))
+
+
 def test_a_long_run_crosses_pages():
     road = ToyRoad(window=30)
     asked = [Request(prompt(3 + i, i), SamplingParams(max_tokens=160 - 40 * i), seed=i) for i in range(3)]

@@ -122,6 +122,55 @@ def test_without_pages_the_youngest_waits_and_comes_back_with_its_tokens():
     assert plan.rows == [young] and young.slot == 0 and young.last_hidden == "computed"
 
 
+def test_groups_that_begin_alike_take_pages_for_the_beginning_once_and_keep_it_to_the_last():
+    beginning = prompt(2 * PAGE + 9)
+    asked = [
+        Request(beginning + prompt(20, first), SamplingParams(max_tokens=9), seed=first, n=2) for first in (300, 400)
+    ]
+    plan, pool = scheduler([*asked, ask(20, 9, first=90)], max_rows=2, chunk=1000)
+    compute(plan)
+    assert 100 - pool.free == 2 + 1 + 2 * 1
+    (one,) = {row.group for row in plan.rows}
+    assert one.offset == 2 * PAGE and one.context == (beginning + prompt(20, 300))[2 * PAGE :]
+    assert one.before == one.base.pages and one.all_pages == one.base.pages + one.pages
+    plan.release(plan.rows)
+    assert 100 - pool.free == 2
+    assert [(p.owner, p.stop) for p in plan.plan()] == [(plan.rows[0].group, 29)]  # the beginning stands already
+    plan.release(plan.rows)
+    assert pool.free == 100
+
+
+def test_a_beginning_kept_for_later_makes_room_for_who_is_running_now():
+    beginning = prompt(2 * PAGE)
+    groups = [
+        Request(beginning + prompt(9, first), SamplingParams(max_tokens=9), seed=first, n=2) for first in (300, 400)
+    ]
+    plan, pool = scheduler([groups[0], ask(PAGE, 4 * PAGE, first=90), groups[1]], pages=6, max_rows=2, chunk=1000)
+    compute(plan)
+    plan.release(plan.rows)
+    assert pool.free == 6 - 2
+    compute(plan)
+    assert [row.request for row in plan.rows] == [1]
+    while not plan.rows[0].exhausted:
+        assert plan.reserve(PAGE)
+    plan.release(plan.rows)
+    compute(plan)
+    assert [row.request for row in plan.rows] == [2, 2] and plan.rows[0].group.base.last_hidden == "computed"
+
+
+def test_starting_over_forgets_what_was_only_kept():
+    beginning = prompt(2 * PAGE)
+    groups = [
+        Request(beginning + prompt(9, first), SamplingParams(max_tokens=9), seed=first, n=2) for first in (300, 400)
+    ]
+    plan, _ = scheduler(groups, max_rows=2, chunk=1000)
+    compute(plan)
+    plan.release(plan.rows)
+    plan.start_over(pages=50, max_rows=2, prefill_chunk=1000)
+    assert [(p.start, p.stop) for p in plan.plan()] == [(0, 2 * PAGE), (0, 9)]
+    assert 50 - plan.pool.free == 2 + 1 + 2 * 1
+
+
 def test_a_request_larger_than_the_whole_budget_is_refused_with_both_numbers():
     with pytest.raises(UsageError, match=r"prompt 1 .* 100 prompt tokens and 130 new ones.* budget is 192 tokens"):
         scheduler([ask(4, 4), ask(100, 130, first=9)], pages=3)
@@ -150,7 +199,9 @@ def test_everything_runs_once_within_the_budget_whatever_finishes_first(asked, p
         while not plan.reserve(steps):
             plan.evict()
         held = [page for row in plan.rows for page in row.pages]
-        held += [page for group in {id(r.group): r.group for r in plan.rows}.values() for page in group.pages]
+        read = {id(part): part for row in plan.rows for part in row.group.chain}.values()
+        assert all(part.pages for part in read)
+        held += [page for part in read for page in part.pages]
         assert len(held) == len(set(held)) <= pages and 0 not in held
         slots = [row.slot for row in plan.decoding]
         assert len(slots) == len(set(slots))

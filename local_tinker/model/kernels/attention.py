@@ -62,24 +62,30 @@ class PackedBlocks:
     """Who owns which rows, made on the host once a micro-batch, the longest work first.
 
     Args:
-        cu_seqlens: document i holds tokens cu_seqlens[i] to cu_seqlens[i + 1].
+        cu_seqlens: queries cu_seqlens[i] to cu_seqlens[i + 1] are document i's.
+        cu_keys: the same of keys, where queries are only the last of their document; such blocks have no backward.
 
     Attributes:
-        length: mean over tokens of their document's length.
+        length: mean over queries of their document's length.
     """
 
-    def __init__(self, cu_seqlens: Sequence[int], device: torch.device) -> None:
-        self._edges = [(start, stop - start) for start, stop in pairwise(cu_seqlens)]
-        self.length = sum(length * length for _, length in self._edges) / max(1, cu_seqlens[-1])
+    def __init__(self, cu_seqlens: Sequence[int], device: torch.device, cu_keys: Sequence[int] | None = None) -> None:
+        self._continued = cu_keys is not None
+        queries, keys = (list(pairwise(edges)) for edges in (cu_seqlens, cu_seqlens if cu_keys is None else cu_keys))
+        self._documents = [(q0, q1 - q0, k0, k1 - k0) for (q0, q1), (k0, k1) in zip(queries, keys, strict=True)]
+        self.length = sum(asking * length for _, asking, _, length in self._documents) / max(1, cu_seqlens[-1])
         self._device = device
         self._made: dict[tuple[int, bool], Tensor] = {}
 
     def of(self, size: int, *, keys: bool) -> Tensor:
-        """(blocks, 3) int32: the document's first token, the block's first row in it, the document's length."""
+        """(blocks, 4) int32: where the document's first query is or would be, the block's first row in the document, the
+        document's length, where its first key is."""
+        assert not (keys and self._continued), "keys that no query of theirs is here for"
         if (size, keys) not in self._made:
             parts = [
-                np.stack(np.broadcast_arrays(start, np.arange(0, length, size), length), axis=1)
-                for start, length in self._edges
+                np.stack(np.broadcast_arrays(q0 - before, np.arange(before, length, size), length, k0), axis=1)
+                for q0, asking, k0, length in self._documents
+                for before in [length - asking]
             ]
             rows = np.concatenate(parts)
             work = (
@@ -95,7 +101,8 @@ class PackedBlocks:
 def attend_packed(
     q: Tensor, k: Tensor, v: Tensor, blocks: PackedBlocks, *, scale: float, window: int | None, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """q (N, Hq, D), k, v (N, Hkv, D), heads and dimensions without gaps -> out (N, Hq, D), log-sum-exp (Hq, N) base 2."""
+    """q (N, Hq, D), k, v (N, Hkv, D), or as many as `blocks` has keys, heads and dimensions without gaps -> out
+    (N, Hq, D), log-sum-exp (Hq, N) base 2."""
     n, heads, d = q.shape
     out = torch.empty((n, heads, d), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, n), dtype=torch.float32, device=q.device)
@@ -220,14 +227,15 @@ if triton is not None:
         BM: tl.constexpr, BN: tl.constexpr,
     ):  # fmt: skip
         block, h = tl.program_id(0), tl.program_id(1)
-        start = tl.load(WORK + 3 * block).to(tl.int64)
-        first = tl.load(WORK + 3 * block + 1)
-        length = tl.load(WORK + 3 * block + 2)
+        start = tl.load(WORK + 4 * block).to(tl.int64)
+        first = tl.load(WORK + 4 * block + 1)
+        length = tl.load(WORK + 4 * block + 2)
         rows = first + tl.arange(0, BM)
         ok = rows < length
         q = _tile(Q + start * q_row + h * D, rows, q_row, ok, D, DB)
-        K += start * k_row + (h // G) * D
-        V += start * v_row + (h // G) * D
+        k_start = tl.load(WORK + 4 * block + 3).to(tl.int64)
+        K += k_start * k_row + (h // G) * D
+        V += k_start * v_row + (h // G) * D
         m = tl.full([BM], -1.0e30, tl.float32)
         total = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, DB], tl.float32)
@@ -238,11 +246,12 @@ if triton is not None:
                     acc, m, total, q, K, V, rows, n0, length, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP, True
                 )
         else:
-            for n0 in range(0, first, BN):  # all of these keys are seen by all of these queries
+            seen = first // BN * BN
+            for n0 in range(0, seen, BN):  # all of these keys are seen by all of these queries
                 acc, m, total = _forward_step(
                     acc, m, total, q, K, V, rows, n0, length, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP, False
                 )
-            for n0 in range(first, tl.minimum(first + BM, length), BN):
+            for n0 in range(seen, tl.minimum(first + BM, length), BN):
                 acc, m, total = _forward_step(
                     acc, m, total, q, K, V, rows, n0, length, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP, True
                 )
@@ -272,9 +281,9 @@ if triton is not None:
         BM: tl.constexpr, BN: tl.constexpr,
     ):  # fmt: skip
         block, h = tl.program_id(0), tl.program_id(1)
-        start = tl.load(WORK + 3 * block).to(tl.int64)
-        first = tl.load(WORK + 3 * block + 1)
-        length = tl.load(WORK + 3 * block + 2)
+        start = tl.load(WORK + 4 * block).to(tl.int64)
+        first = tl.load(WORK + 4 * block + 1)
+        length = tl.load(WORK + 4 * block + 2)
         rows = first + tl.arange(0, BM)
         ok = rows < length
         q = _tile(Q + start * q_row + h * D, rows, q_row, ok, D, DB)
@@ -350,9 +359,9 @@ if triton is not None:
         BN: tl.constexpr, BM: tl.constexpr,
     ):  # fmt: skip
         block, g = tl.program_id(0), tl.program_id(1)
-        start = tl.load(WORK + 3 * block).to(tl.int64)
-        first = tl.load(WORK + 3 * block + 1)
-        length = tl.load(WORK + 3 * block + 2)
+        start = tl.load(WORK + 4 * block).to(tl.int64)
+        first = tl.load(WORK + 4 * block + 1)
+        length = tl.load(WORK + 4 * block + 2)
         keys = first + tl.arange(0, BN)
         ok = keys < length
         k = _tile(K + start * k_row + g * D, keys, k_row, ok, D, DB)

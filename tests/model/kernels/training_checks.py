@@ -170,3 +170,17 @@ def test_attention_over_packed_documents_and_its_gradients(case):
     leaves = [t.detach().clone().requires_grad_() for t in parts]  # the same through autograd
     attend(0, *leaves, **options).backward(dout)
     assert all(torch.equal(leaf.grad, t) for leaf, t in zip(leaves, into, strict=True))
+
+
+@pytest.mark.parametrize("case", ["grouped", "window", "cap"])
+def test_attention_of_the_last_tokens_of_documents(case):
+    """Queries from the middle of a key block on, beside a whole document and a single token."""
+    window, softcap = (37 if case == "window" else None), (4.0 if case == "cap" else None)
+    edges, asking, asked = [0, 150, 170, 241], [83, 20, 1], [0, 83, 103, 104]
+    q, k, v = draw(241, 2, 16), draw(241, 1, 16, seed=1), draw(241, 1, 16, seed=2)
+    last = torch.cat([torch.arange(stop - n, stop) for stop, n in zip(edges[1:], asking, strict=True)])
+    options = dict(scale=0.4, window=window, softcap=softcap)
+    with torch.no_grad():
+        out = VarlenCausal(asked, DEVICE, cu_keys=edges)(0, q[last.to(DEVICE)], k, v, **options)
+    expected = attend_reference(*(t.double().cpu() for t in (q, k, v)), edges, **options)
+    near(out.cpu(), expected[last])
