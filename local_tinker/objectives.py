@@ -80,6 +80,7 @@ class Policy:
     max_length: int
     score: Score
     memory: RolloutMemory
+    say: Callable[[str], None]
 
 
 def check_rollouts(rollouts: Sequence[Any], policy: Policy) -> list[Completion | Rollout]:
@@ -114,16 +115,16 @@ def check_rollouts(rollouts: Sequence[Any], policy: Policy) -> list[Completion |
             raise UsageError(
                 f"completion {i} holds token id {max(ids)}; the vocabulary has ids 0 to {policy.vocab_size - 1}"
             )
+    if any(isinstance(item, Completion) and item.filtered for item in rollouts):
+        policy.say(
+            "completions were drawn with top_p, top_k or min_p, so from fewer tokens than their log-probs are of: importance "
+            "ratios are biased by the mass left out; sample for policy losses without filters"
+        )
     return list(rollouts)
 
 
 def grpo_call(
-    completions: Sequence[Any],
-    rewards: Sequence[Any],
-    options: Mapping[str, Any],
-    policy: Policy,
-    *,
-    say: Callable[[str], None],
+    completions: Sequence[Any], rewards: Sequence[Any], options: Mapping[str, Any], policy: Policy
 ) -> RolloutCall:
     """Group-relative advantages (arXiv 2402.03300, section 4.1.2) on the clipped surrogate."""
     chosen, estimator = check_options(LOSSES["grpo"], options)
@@ -142,7 +143,7 @@ def grpo_call(
     # A completion that could not be scored teaches nothing and counts in no mean.
     datums = [_unweighted(d) if r is None else d for d, r in zip(datums, flat.rewards, strict=True)]
     metrics = {**estimated.metrics, "truncated_fraction": _truncated(rollouts)}
-    _explain(metrics, say)
+    _explain(metrics, policy.say)
     datums, old = _with_common_fields(datums, rollouts, chosen, policy)
     return RolloutCall(LossCall([(d,) for d in datums], "grpo", chosen), metrics, old)
 

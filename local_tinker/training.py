@@ -233,11 +233,12 @@ class TrainingClient:
             max_length=self._max_length,
             score=self._score,
             memory=self._memory,
+            say=self._say,
         )
         if spec.name == "grpo":
             if rewards is None:
                 raise UsageError("grpo needs rewards: forward_backward(completions, rewards, loss_fn='grpo')")
-            return grpo_call(batch, rewards, options, policy, say=self._say)
+            return grpo_call(batch, rewards, options, policy)
         if spec.name == "ppo":
             return ppo_call(batch, rewards, options, policy, fix=fix)
         if rewards is None:

@@ -197,6 +197,7 @@ class Completion(str):
         prompt_tokens: the ids it continues.
         stop_reason: "stop" or "length".
         weights_version: the snapshot that sampled it.
+        temperature, top_p, top_k, min_p: what it was drawn with; the log-probs know nothing of these.
     """
 
     tokens: tuple[int, ...]
@@ -205,6 +206,10 @@ class Completion(str):
     stop_reason: str
     weights_version: str
     id: str
+    temperature: float
+    top_p: float
+    top_k: int | None
+    min_p: float
 
     def __new__(
         cls,
@@ -216,6 +221,10 @@ class Completion(str):
         stop_reason: str,
         weights_version: str,
         id: str | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        min_p: float = 0.0,
     ) -> Completion:
         self = super().__new__(cls, text)
         self.tokens = tuple(int(t) for t in tokens)
@@ -224,6 +233,7 @@ class Completion(str):
         self.stop_reason = stop_reason
         self.weights_version = weights_version
         self.id = id or uuid.uuid4().hex
+        self.temperature, self.top_p, self.top_k, self.min_p = temperature, top_p, top_k, min_p
         _check_rollout(self)
         return self
 
@@ -232,9 +242,13 @@ class Completion(str):
         """Every token was sampled: a completion is the one-turn case of a `Rollout`."""
         return (True,) * len(self.tokens)
 
+    @property
+    def filtered(self) -> bool:
+        """True when some tokens could not be drawn; at temperature 0 filters change nothing."""
+        return self.temperature > 0 and (self.top_k is not None or self.top_p < 1 or self.min_p > 0)
+
     def __reduce__(self):
-        fields = ("tokens", "logprobs", "prompt_tokens", "stop_reason", "weights_version", "id")
-        return _rebuild_completion, (str(self), {name: getattr(self, name) for name in fields})
+        return _rebuild_completion, (str(self), {name: getattr(self, name) for name in Completion.__annotations__})
 
 
 def _rebuild_completion(text: str, fields: dict[str, Any]) -> Completion:

@@ -205,6 +205,21 @@ def test_equal_rewards_give_exactly_zero_gradient_and_are_explained(tiny_model, 
     assert "every group has equal rewards" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("loss", ["grpo", "ppo", "importance_sampling"])
+def test_completions_drawn_through_a_filter_are_pointed_out_once(tiny_model, capsys, loss):
+    from local_tinker import ServiceClient
+
+    trainer = ServiceClient(device="cpu").create_lora_training_client(
+        str(tiny_model), rank=4, quantize=None, dtype="float32"
+    )
+    sampler = trainer.save_weights_and_get_sampling_client()
+    scores = [[0.1, 0.2, 0.3]] if loss == "grpo" else [0.1, 0.2, 0.3]
+    for settings, said in [({"temperature": 1.3}, 0), ({"top_p": 0.9}, 1), ({"top_k": 4}, 0)]:
+        (group,) = sampler.sample_batch([CHAT], n=3, max_tokens=4, seed=1, **settings)
+        trainer.forward_backward([group] if loss == "grpo" else group, scores, loss_fn=loss)
+        assert capsys.readouterr().err.count("sample for policy losses without filters") == said
+
+
 def test_the_logprob_gap_is_only_of_completions_of_the_present_weights(rollouts):
     trainer, groups = rollouts
     trainer.forward_backward(groups, REWARDS, loss_fn="grpo")

@@ -165,6 +165,12 @@ def test_completions_are_text_with_what_made_them(sampler):
     assert twin == c and twin.id == c.id and twin.tokens == c.tokens and twin.logprobs == c.logprobs
     other = sampler.sample(CHAT, max_tokens=8, seed=2)
     assert other == c and other.id != c.id
+    assert (c.temperature, c.top_p, c.top_k, c.min_p, c.filtered) == (1.0, 1.0, None, 0.0, False)
+    drawn = pickle.loads(
+        pickle.dumps(sampler.sample(CHAT, max_tokens=2, temperature=0.7, top_p=0.9, top_k=5, min_p=0.1))
+    )
+    assert (drawn.temperature, drawn.top_p, drawn.top_k, drawn.min_p, drawn.filtered) == (0.7, 0.9, 5, 0.1, True)
+    assert not sampler.sample(CHAT, max_tokens=2, temperature=0, top_k=5).filtered
 
 
 def test_streamed_text_adds_up_to_the_completion(sampler):

@@ -213,6 +213,7 @@ class Sequence:
             logprobs=tuple(self.logprobs),
             text=self._text(),
             stop_reason=self.stop_reason,
+            params=self.params,
         )
 
     def _text(self) -> str | None:

@@ -154,6 +154,7 @@ class Finished:
     logprobs: tuple[float, ...]
     text: str | None
     stop_reason: str
+    params: SamplingParams
 
     def completion(self, *, weights_version: str) -> Completion:
         assert self.text is not None, "a completion needs text: give the run a tokenizer"
@@ -164,4 +165,8 @@ class Finished:
             prompt_tokens=self.prompt_tokens,
             stop_reason=self.stop_reason,
             weights_version=weights_version,
+            temperature=self.params.temperature,
+            top_p=self.params.top_p,
+            top_k=self.params.top_k,
+            min_p=self.params.min_p,
         )
