@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from .kernels import KERNEL_DTYPES
 from .kernels.lora import block_diagonal
-from .linear import FrozenLinear
+from .linear import FrozenLinear, dense_together
 from .lora import LoraDropout, LoraPair
 
 ALIGN = 8  # elements; rows of half precision then start at 16 bytes, which fast products ask for
@@ -148,8 +148,7 @@ class ProjectionGroup:
         shape = (self.outputs + room, self.inputs + (0 if self.single else room))
         first = self.linears[0]
         buffer = torch.empty(shape, dtype=first.dtype, device=first.weight.device)
-        for linear, start in zip(self.linears, self.starts, strict=False):
-            linear.dense_into(buffer[start : start + linear.out_features, : self.inputs])
+        dense_together(self.linears, buffer[: self.outputs, : self.inputs])
         return buffer
 
     def dense(self) -> Tensor:

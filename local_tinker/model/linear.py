@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -80,7 +81,7 @@ class NF4Weight:
 
     def dense_into(self, out: Tensor) -> None:
         if nf4_serves(out):
-            nf4_dense(self.stored, self.state, out)
+            nf4_dense([(self.stored, self.state)], out)
         else:
             out.copy_(self.dense(out.dtype))
 
@@ -191,6 +192,16 @@ class FrozenLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, storage={self.storage}"
+
+
+def dense_together(linears: Sequence[FrozenLinear], out: Tensor) -> None:
+    """Dequantise linears of the same inputs on top of each other into `out` (O, I), whose rows may be part of something
+    wider."""
+    stores = [linear.store for linear in linears]
+    if nf4_serves(out) and all(isinstance(store, NF4Weight) for store in stores):
+        return nf4_dense([(store.stored, store.state) for store in stores], out)
+    for linear, rows in zip(linears, out.split([linear.out_features for linear in linears]), strict=True):
+        linear.dense_into(rows)
 
 
 class FrozenMatmul(torch.autograd.Function):

@@ -1,4 +1,5 @@
-"""NF4 with double-quantised absmax (QLoRA, arXiv 2305.14314, section 3) -> rows of a dense buffer, in one launch.
+"""NF4 with double-quantised absmax (QLoRA, arXiv 2305.14314, section 3) -> rows of a dense buffer, in one launch
+for all weights that a product reads together.
 
 Bit-equal to bitsandbytes, whose three launches (absmax, its offset, the weights) and temporary buffers it replaces:
 products and sums are rounded one by one, so fused multiply-adds are off.
@@ -8,6 +9,7 @@ Shapes: O outputs, I inputs; two weights a byte, the first in the high half.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,18 +35,27 @@ def nf4_dense_reference(packed: Tensor, state: Any, out: Tensor) -> None:
     out.copy_((values * absmax[:, None]).to(out.dtype).view(out.shape))
 
 
-def nf4_dense(packed: Tensor, state: Any, out: Tensor) -> None:
-    """Dequantise into `out` (O, I), whose rows may be part of something wider.
+def nf4_dense(parts: Sequence[tuple[Tensor, Any]], out: Tensor) -> None:
+    """Dequantise up to three weights of the same inputs on top of each other into `out` (O, I), whose rows may be part
+    of something wider.
 
     Args:
-        packed: bitsandbytes' packed weights. state: its QuantState, with nested statistics.
+        parts: bitsandbytes' packed weights and QuantState of each, with nested statistics.
     """
     if not nf4_serves(out):
-        return nf4_dense_reference(packed, state, out)
-    nested, count = state.state2, packed.numel()
-    _nf4_dense[(triton.cdiv(count, _BLOCK),)](
-        packed, state.absmax, nested.code, nested.absmax, state.offset, state.code, out, count, out.stride(0),
-        K=out.shape[1], BS=state.blocksize, BS2=nested.blocksize, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=False,
+        rows = [2 * packed.numel() // out.shape[1] for packed, _ in parts]
+        for (packed, state), part in zip(parts, out.split(rows), strict=True):
+            nf4_dense_reference(packed, state, part)
+        return
+    assert 1 <= len(parts) <= 3, f"{len(parts)} weights for one launch"
+    filled = [*parts, *[parts[0]] * (3 - len(parts))]
+    arguments = [(q, s.absmax, s.state2.absmax, s.offset, q.numel()) for q, s in filled]
+    programs = sum(triton.cdiv(packed.numel(), _BLOCK) for packed, _ in parts)
+    state = parts[0][1]  # both tables of levels belong to the format, not to the weight
+    _nf4_dense[(programs,)](
+        *(value for part in arguments for value in part), state.state2.code, state.code, out, out.stride(0),
+        PARTS=len(parts), K=out.shape[1], BS=state.blocksize, BS2=state.state2.blocksize, BLOCK=_BLOCK, num_warps=8,
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -52,16 +63,45 @@ if triton is not None:
 
     @triton.jit
     def _nf4_dense(
-        Q, CODES, CODE2, SCALE2, OFFSET, LEVELS, OUT, count, row_stride,
+        Q0, CODES0, SCALE0, OFFSET0, count0, Q1, CODES1, SCALE1, OFFSET1, count1, Q2, CODES2, SCALE2, OFFSET2, count2,
+        TABLE, LEVELS, OUT, row_stride, PARTS: tl.constexpr, K: tl.constexpr, BS: tl.constexpr, BS2: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        block = tl.program_id(0)
+        if PARTS == 1:
+            _nf4_block(Q0, CODES0, SCALE0, OFFSET0, count0, TABLE, LEVELS, OUT, row_stride, block, K, BS, BS2, BLOCK)
+        else:
+            first, second = tl.cdiv(count0, BLOCK), tl.cdiv(count1, BLOCK)
+            rows = (2 * count0 // K).to(tl.int64) * row_stride
+            if block < first:
+                _nf4_block(
+                    Q0, CODES0, SCALE0, OFFSET0, count0, TABLE, LEVELS, OUT, row_stride, block, K, BS, BS2, BLOCK
+                )
+            elif block < first + second:
+                _nf4_block(
+                    Q1, CODES1, SCALE1, OFFSET1, count1, TABLE, LEVELS, OUT + rows, row_stride, block - first, K, BS, BS2,
+                    BLOCK,
+                )  # fmt: skip
+            elif PARTS == 3:
+                rows += (2 * count1 // K).to(tl.int64) * row_stride
+                _nf4_block(
+                    Q2, CODES2, SCALE2, OFFSET2, count2, TABLE, LEVELS, OUT + rows, row_stride, block - first - second, K,
+                    BS, BS2, BLOCK,
+                )  # fmt: skip
+
+    @triton.jit
+    def _nf4_block(
+        Q, CODES, SCALE, OFFSET, count, TABLE, LEVELS, OUT, row_stride, block,
         K: tl.constexpr, BS: tl.constexpr, BS2: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        first = tl.program_id(0).to(tl.int64) * BLOCK
+        """BLOCK bytes of one weight."""
+        first = block.to(tl.int64) * BLOCK
         i = first + tl.arange(0, BLOCK)
         ok = i < count
         byte = tl.load(Q + i, mask=ok, other=0).to(tl.int32)
-        block = (2 * i) // BS
-        absmax = tl.load(CODE2 + tl.load(CODES + block, mask=ok, other=0).to(tl.int32)) * tl.load(
-            SCALE2 + block // BS2, mask=ok, other=0.0
+        at = (2 * i) // BS
+        absmax = tl.load(TABLE + tl.load(CODES + at, mask=ok, other=0).to(tl.int32)) * tl.load(
+            SCALE + at // BS2, mask=ok, other=0.0
         )
         absmax = absmax + tl.load(OFFSET)
         dtype = OUT.dtype.element_ty

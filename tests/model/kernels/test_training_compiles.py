@@ -44,7 +44,7 @@ PLAIN = [
     (rope._rotate_back, "hhhhhhii", ROPE, (0, 0, 4, 3)),
     (swiglu._gated, "hhii", dict(KIND=0, BLOCK=1024), (0, 0, 4, 3)),
     (swiglu._gated_backward, "hhiii", dict(KIND=2, BLOCK=1024), (0, 0, 4, 3)),
-    (nf4._nf4_dense, "bbwwwwhii", dict(K=3072, BS=64, BS2=256, BLOCK=2048), (0, 0, 8, 3)),
+    (nf4._nf4_dense, "bbwwi" * 3 + "wwhi", dict(PARTS=3, K=3072, BS=64, BS2=256, BLOCK=2048), (0, 0, 8, 3)),
     (lora._block_diagonal, "hhhhiiiiiiiiir", dict(R=32, ROWS=64, WB=128), (0, 0, 4, 3)),
     (head._logit_rows, "wlwwhiiirr", dict(CAP=True, ENTROPY=True, GRAD=True, BLOCK=4096), (0, 0, 16, 3)),
 ]
@@ -88,5 +88,14 @@ def test_the_table_covers_every_kernel():
     launched = {"_forward", "_backward_queries", "_backward_keys", *(case[0].__name__ for case in PLAIN)}
     defined = {name for file in files for name, value in vars(file).items() if isinstance(value, triton.JITFunction)}
     helpers = {"_tile", "_put", "_scores", "_sees", "_forward_step", "_queries_step", "_keys_step", "_act", "_shape"}
-    helpers |= {"_normalise", "_turn", "_halves", "_weights_of", "_rotate_heads", "_rotate_heads_back", "_copy_heads"}
+    helpers |= {
+        "_normalise",
+        "_turn",
+        "_halves",
+        "_weights_of",
+        "_rotate_heads",
+        "_rotate_heads_back",
+        "_copy_heads",
+        "_nf4_block",
+    }
     assert defined - helpers == launched and torch is not None

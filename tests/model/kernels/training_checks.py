@@ -103,16 +103,18 @@ def test_gated_activation_and_its_backward_in_place(activation):
     near(dy, expected)
 
 
-@pytest.mark.parametrize("shape", [(96, 128), (40, 64 * 7)])
-def test_nf4_has_the_bits_of_bitsandbytes(shape):
-    stored = NF4Weight(draw(*shape, scale=0.02))
-    out = torch.full((shape[0], shape[1] + 16), 7.0, dtype=HALF, device=DEVICE)
-    nf4.nf4_dense(stored.stored, stored.state, out[:, : shape[1]])
-    assert torch.equal(out[:, : shape[1]], stored.dense(HALF))
-    assert bool((out[:, shape[1] :] == 7.0).all())
-    expected = torch.empty(shape, dtype=HALF, device=DEVICE)
-    nf4.nf4_dense_reference(stored.stored, stored.state, expected)
-    assert torch.equal(expected, stored.dense(HALF))
+@pytest.mark.parametrize(("rows", "inputs"), [((96,), 128), ((40,), 64 * 7), ((72, 24), 128), ((40, 8, 24), 64 * 7)])
+def test_nf4_has_the_bits_of_bitsandbytes(rows, inputs):
+    stored = [NF4Weight(draw(count, inputs, seed=at, scale=0.02 * 4**at)) for at, count in enumerate(rows)]
+    parts, want = [(one.stored, one.state) for one in stored], torch.cat([one.dense(HALF) for one in stored])
+    out = torch.full((sum(rows) + 1, inputs + 16), 7.0, dtype=HALF, device=DEVICE)
+    nf4.nf4_dense(parts, out[: sum(rows), :inputs])
+    assert torch.equal(out[:-1, :inputs], want)
+    assert bool((out[:, inputs:] == 7.0).all()) and bool((out[-1] == 7.0).all())
+    for part, dense in zip(parts, want.split(list(rows)), strict=True):
+        expected = torch.empty_like(dense)
+        nf4.nf4_dense_reference(*part, expected)
+        assert torch.equal(expected, dense)
 
 
 @pytest.mark.parametrize("members", [((0, 70),), ((0, 40), (56, 14)), ((0, 30), (30, 20), (50, 20))])
