@@ -13,7 +13,8 @@ from ..errors import UsageError
 from ..model.decode import DecodeRoad
 from ..out_of_memory import until_it_fits
 from .forward import Forward, Head, Road
-from .group import PAGE, Group, build_groups, check_ids, pages_for
+from .group import PAGE, Group, pages_for
+from .grouping import build_groups, check_ids
 from .run import FIXED_ROWS
 from .running import ADVICE, Running
 from .scheduler import PagePool, Piece, Scheduler

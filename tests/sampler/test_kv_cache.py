@@ -3,7 +3,8 @@ import torch
 
 from local_tinker.model.kernels.decode_attention import decode_attention
 from local_tinker.model.kernels.paged import PagedRows
-from local_tinker.sampler.group import PAGE, Group, build_groups
+from local_tinker.sampler.group import PAGE, Group
+from local_tinker.sampler.grouping import build_groups
 from local_tinker.sampler.kv_cache import DecodeAttend, KVCache, PromptAttend, places
 from local_tinker.sampler.scheduler import Piece
 from local_tinker.sampler.sequence import Request, SamplingParams

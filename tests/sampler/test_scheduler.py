@@ -3,7 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from local_tinker.errors import UsageError
-from local_tinker.sampler.group import PAGE, build_groups
+from local_tinker.sampler.group import PAGE
+from local_tinker.sampler.grouping import build_groups
 from local_tinker.sampler.scheduler import PagePool, Scheduler
 from local_tinker.sampler.sequence import Request, SamplingParams
 

@@ -3,7 +3,8 @@ import pickle
 import pytest
 
 from local_tinker.errors import UsageError
-from local_tinker.sampler.group import Sequence, build_groups
+from local_tinker.sampler.group import Sequence
+from local_tinker.sampler.grouping import build_groups
 from local_tinker.sampler.sequence import Request, SamplingParams, derive_seed
 from local_tinker.sampler.stop import StopRules
 from tests.sampler.toy import byte_tokenizer
