@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from ..model.decode import DecodeRoad
 from ..model.kernels.draw import RowState
 from ..model.kernels.paged import PagedRows
 from .kv_cache import DecodeAttend, KVCache, PromptAttend
+from .rows import upload
 from .scheduler import Piece
 
 
@@ -88,12 +90,11 @@ class Forward:
 
     def context(self, pieces: Sequence[Piece], cache: KVCache) -> Tensor:
         """Hidden states (N, H) of pieces of contexts, one after the other; their keys go to the cache."""
-        device = cache.device
         tokens = [token for piece in pieces for token in piece.owner.context[piece.start : piece.stop]]
-        positions = torch.cat([torch.arange(p.start, p.stop, device=device) + p.owner.offset for p in pieces])
-        host = torch.tensor(tokens)
+        positions = [np.arange(p.start, p.stop) + p.owner.offset for p in pieces]
+        tokens, positions = upload(np.stack([np.array(tokens), np.concatenate(positions)]), cache.device)
         return self._road.hidden(
-            host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host,
+            tokens,
             positions=positions,
             attend=PromptAttend(cache, pieces),
             pairs=self._body,

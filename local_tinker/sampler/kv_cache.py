@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from ..model.attention import VarlenCausal
 from ..model.kernels.decode_attention import decode_attention
 from ..model.kernels.paged import PagedRows
 from .group import PAGE
+from .rows import upload
 from .scheduler import Piece
 
 
@@ -59,10 +61,10 @@ class KVCache:
                 stored[layer] = old.new_empty(0, *old.shape[1:])
 
 
-def places(pages: Sequence[int], start: int, stop: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Page number and place within it of tokens start..stop-1 of a list of pages, (stop - start,) each."""
-    at = torch.arange(start, stop, device=device)
-    return torch.tensor(pages, device=device)[at // PAGE], at % PAGE
+def places(pages: Sequence[int], start: int, stop: int) -> np.ndarray:
+    """Page number and place within it of tokens start..stop-1 of a list of pages, (2, stop - start)."""
+    at = np.arange(start, stop)
+    return np.stack([np.asarray(pages)[at // PAGE], at % PAGE])
 
 
 class PromptAttend:
@@ -70,10 +72,10 @@ class PromptAttend:
 
     def __init__(self, cache: KVCache, pieces: Sequence[Piece]) -> None:
         self._cache = cache
-        self._write = _joined([places(p.owner.pages, p.start, p.stop, device=cache.device) for p in pieces])
+        self._write = _joined([places(p.owner.pages, p.start, p.stop) for p in pieces], cache.device)
         queries = [0, *accumulate(p.stop - p.start for p in pieces)]
         keys = [0, *accumulate(p.owner.offset + p.stop for p in pieces)]
-        self._seen = None if keys == queries else _joined([_seen(piece, cache.device) for piece in pieces])
+        self._seen = None if keys == queries else _joined([_seen(piece) for piece in pieces], cache.device)
         self._attend = VarlenCausal(queries, cache.device, cu_keys=keys)
 
     def __call__(
@@ -90,17 +92,15 @@ class PromptAttend:
         return self._attend(layer, q, k, v, scale=scale, window=window, softcap=softcap)
 
 
-def _seen(piece: Piece, device: torch.device) -> tuple[Tensor, Tensor]:
+def _seen(piece: Piece) -> np.ndarray:
     """Where all stands that a piece sees, itself included."""
-    owner = piece.owner
-    before = places(owner.before, 0, owner.offset, device=device) if owner.offset else None
-    own = places(owner.pages, 0, piece.stop, device=device)
-    return own if before is None else _joined([before, own])
+    own = places(piece.owner.pages, 0, piece.stop)
+    return np.concatenate([places(piece.owner.before, 0, piece.owner.offset), own], 1) if piece.owner.offset else own
 
 
-def _joined(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    pages, within = zip(*found, strict=True)
-    return torch.cat(pages), torch.cat(within)
+def _joined(found: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+    pages, within = upload(np.concatenate(found, 1), device)
+    return pages, within
 
 
 class DecodeAttend:

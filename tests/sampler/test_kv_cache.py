@@ -25,7 +25,7 @@ def qkv(length, seed):
 
 
 def put(cache, pages, k, v):
-    page, place = places(pages, 0, len(k), device=cache.device)
+    page, place = map(torch.from_numpy, places(pages, 0, len(k)))
     cache.keys[0][page, :, place], cache.values[0][page, :, place] = k, v
 
 
