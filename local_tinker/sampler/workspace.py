@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,13 +135,22 @@ class Workspace:
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             self._step(kind)
-            # Begin and end by hand: torch.cuda.graph() collects garbage and empties the allocator's cache each time.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                self._step(kind)
-            finally:
-                graph.capture_end()
+            record(graph, lambda: self._step(kind), pool=self._pool)
         current.wait_stream(stream)
         state.alive.copy_(alive)
         self.out.at.zero_()
         return graph
+
+
+def record(graph: Any, step: Callable[[], None], *, pool: Any) -> None:
+    """Capture what `step` launches. Begun and ended by hand: torch.cuda.graph() collects garbage and empties the
+    allocator's cache each time. The error of a step that fails is the one that is raised, so that running out of memory
+    is seen as that."""
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    try:
+        step()
+    except BaseException:
+        with suppress(RuntimeError):  # a capture that is no longer valid says so here
+            graph.capture_end()
+        raise
+    graph.capture_end()

@@ -10,7 +10,7 @@ from local_tinker.sampler.forward import Forward
 from local_tinker.sampler.kv_cache import KVCache
 from local_tinker.sampler.run import Run
 from local_tinker.sampler.running import Size
-from local_tinker.sampler.workspace import Workspace
+from local_tinker.sampler.workspace import Workspace, record
 from tests.engine.test_out_of_memory import fail
 from tests.sampler.test_decode import PLAIN, flat, requests, same
 from tests.sampler.toy import ToyRoad, byte_tokenizer, engine
@@ -147,3 +147,28 @@ def test_a_client_says_it_once_and_gives_the_same(trainer, monkeypatch):
                 c.tokens for c in expected[0]
             ]
     assert len(said) == 1 and said[0].startswith("out of memory while sampling")
+
+
+@pytest.mark.parametrize("ends_badly", [True, False])
+def test_a_step_that_fails_while_it_is_recorded_raises_its_own_error(ends_badly):
+    class Graph:
+        ended = 0
+
+        def capture_begin(self, **_):
+            pass
+
+        def capture_end(self):
+            self.ended += 1
+            if ends_badly:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def step():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    graph = Graph()
+    with pytest.raises(torch.OutOfMemoryError):
+        record(graph, step, pool=None)
+    assert graph.ended == 1
+    if ends_badly:  # of a step that went well it is an error
+        with pytest.raises(RuntimeError, match="during capture"):
+            record(graph, lambda: None, pool=None)
