@@ -1,112 +1,15 @@
-"""What callers hand to the clients: kinds of batches, optimiser settings, and keywords that other tools call otherwise."""
+"""What callers hand to the clients: kinds of batches and optimiser settings."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .keywords import hint
 from .types import AdamParams, Completion, Rollout
-
-# Keywords of Hugging Face, TRL, PEFT and vLLM -> ours; of several, the one that the call has.
-_ELSEWHERE: dict[str, str | tuple[str, ...]] = {
-    "lr": "learning_rate",
-    "wd": "weight_decay",
-    "r": "rank",
-    "lora_r": "rank",
-    "lora_rank": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "lora_target_modules": "target_modules",
-    "train_attn": "target_modules",
-    "train_mlp": "target_modules",
-    "model": "base_model",
-    "model_name": "base_model",
-    "model_name_or_path": "base_model",
-    "max_seq_length": ("max_length", "seq_len"),
-    "max_seq_len": ("max_length", "seq_len"),
-    "torch_dtype": "dtype",
-    "random_state": "seed",
-    "load_in_4bit": 'quantize="4bit"',
-    "load_in_8bit": 'quantize="8bit"',
-    "max_new_tokens": "max_tokens",
-    "max_length": ("max_tokens", "seq_len"),
-    "max_completion_length": "max_tokens",
-    "do_sample": "temperature (0 takes the most likely token)",
-    "temp": "temperature",
-    "stop_strings": "stop",
-    "stop_token_ids": "stop",
-    "eos_token_id": "stop",
-    "num_return_sequences": "n",
-    "num_generations": "n",
-    "num_samples": "n",
-    "betas": "beta1 and beta2",
-    "epsilon": ("eps", "clip_low"),
-    "epsilon_high": "clip_high",
-    "kl_coef": "beta",
-    "dpo_beta": "beta",
-    "lam": "gae_lambda",
-    "cliprange": "clip_low",
-    "vf_coef": "value_coefficient",
-    "loss_type": ("variant", "aggregation"),
-    "max_grad_norm": "grad_clip_norm",
-}
-_RATE = "optim_step(learning_rate=...)"
-_BATCH = "batches(rows, batch_size=...), which is the effective size and is cut to fit memory"
-_MANY = "sample_batch([prompt], n=...)"
-# Settings that are known by these names and belong to another call, or to none.
-_ANOTHER_CALL = {
-    "lr": _RATE,
-    "learning_rate": _RATE,
-    "weight_decay": "optim_step(weight_decay=...)",
-    "warmup_steps": f"a rate that you give each step: {_RATE}",
-    "lr_scheduler_type": f"a rate that you give each step: {_RATE}",
-    "batch_size": _BATCH,
-    "per_device_train_batch_size": _BATCH,
-    "gradient_accumulation_steps": _BATCH,
-    "epochs": "batches(rows, epochs=...)",
-    "num_train_epochs": "batches(rows, epochs=...)",
-    "n": _MANY,
-    "num_samples": _MANY,
-    "num_return_sequences": _MANY,
-    "sampling_params": "keywords here, such as max_tokens=64",
-    "device_map": "ServiceClient(device=...)",
-    "gradient_checkpointing": "decided by the memory plan",
-    "use_gradient_checkpointing": "decided by the memory plan",
-    "packing": "always so: rows share micro-batches without padding",
-}
-
-
-def meant(word: str, known: Collection[str]) -> str:
-    """Which of `known` was most likely meant by a name of another tool or a typing mistake; or nothing."""
-    ours = _ELSEWHERE.get(word, ())
-    for name in (ours,) if isinstance(ours, str) else ours:
-        if name.split("=")[0].split(" ")[0] in known:
-            return name
-    if word in _ANOTHER_CALL:
-        return ""
-    return next(iter(difflib.get_close_matches(word, known, 1)), "")
-
-
-def hint(word: str, known: Collection[str]) -> str:
-    """What to write instead of an unknown name, to stand after it in a message; or nothing."""
-    ours = meant(word, known)
-    if ours:
-        return f": write {ours}"
-    return f": it is {_ANOTHER_CALL[word]}" if word in _ANOTHER_CALL else ""
-
-
-def refuse_unknown(verb: str, function: Callable, unknown: Mapping[str, Any]) -> None:
-    """Raise UsageError for keywords that `function` does not have, with the name meant."""
-    if not unknown:
-        return
-    word = next(iter(unknown))
-    parameters = inspect.signature(function).parameters.values()
-    known = [each.name for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    known.remove("self")
-    raise UsageError(f"{verb} has no keyword {word!r}{hint(word, known)}; it takes {', '.join(known)}")
 
 
 def holds_rollouts(batch: Any) -> bool:
@@ -146,3 +49,14 @@ def kind_of(batch: Any) -> str:
         return f"{type(next(iter(batch))).__name__}s"
     except (TypeError, StopIteration):
         return type(batch).__name__
+
+
+def as_path(value: Any, wanted: str) -> Path:
+    """A str or path-like as a Path.
+
+    Args:
+        wanted: what the path is of, for the message.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise UsageError(f"{wanted} is a path, as a str or a pathlib.Path; got {value!r}")
+    return Path(value)

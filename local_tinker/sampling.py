@@ -9,10 +9,10 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
-from .arguments import refuse_unknown
 from .data.render import Renderer
 from .engine.base import BaseInfo, Engine, SnapshotInfo
 from .errors import UsageError
+from .keywords import known_keywords
 from .notices import Notices
 from .progress import sampling_progress
 from .sampler.sequence import Delta, Finished, Request, SamplingParams, derive_seed
@@ -58,6 +58,7 @@ class SamplingClient:
         """Let the snapshot's memory go. Also happens when the client is garbage collected."""
         self._close()
 
+    @known_keywords
     def sample(
         self,
         prompt: Prompt,
@@ -70,7 +71,6 @@ class SamplingClient:
         seed: int | None = None,
         stop: Any = None,
         deterministic: bool = False,
-        **unknown: Any,
     ) -> Completion:
         """One completion of one prompt.
 
@@ -87,7 +87,6 @@ class SamplingClient:
         Raises:
             UsageError: settings out of range, or a prompt that leaves no room in the model's context.
         """
-        refuse_unknown("sample", type(self).sample, unknown)
         params = _params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
         (group,) = self._collect([prompt], 1, params, deterministic)
         return group[0]
@@ -97,6 +96,7 @@ class SamplingClient:
     @overload
     def sample_batch(self, prompts: Sequence[Prompt], n: int, **settings: Any) -> list[list[Completion]]: ...
 
+    @known_keywords
     def sample_batch(
         self,
         prompts: Sequence[Prompt],
@@ -110,7 +110,6 @@ class SamplingClient:
         seed: int | None = None,
         stop: Any = None,
         deterministic: bool = False,
-        **unknown: Any,
     ):
         """Completions of several prompts, in the prompts' order.
 
@@ -118,7 +117,7 @@ class SamplingClient:
             n: None gives one `Completion` a prompt (P,); a number always gives groups, a list of n a prompt (P, G).
                 The other arguments are those of `sample`.
         """
-        if isinstance(prompts, (str, ModelInput)):
+        if isinstance(prompts, (str, ModelInput)) or not isinstance(prompts, Iterable):
             raise UsageError(
                 f"sample_batch takes a list of prompts, got one {type(prompts).__name__}; use sample, or put it in a list"
             )
@@ -127,11 +126,11 @@ class SamplingClient:
             raise UsageError(
                 "sample_batch takes a list of prompts, got one conversation; use sample, or put it in a list"
             )
-        refuse_unknown("sample_batch", type(self).sample_batch, unknown)
         params = _params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
         groups = self._collect(prompts, 1 if n is None else n, params, deterministic)
         return [group[0] for group in groups] if n is None else groups
 
+    @known_keywords
     def stream(
         self,
         prompt: Prompt,
@@ -144,10 +143,8 @@ class SamplingClient:
         seed: int | None = None,
         stop: Any = None,
         deterministic: bool = False,
-        **unknown: Any,
     ) -> Iterator[str]:
         """The text of one completion as it comes; whole characters only. Arguments are those of `sample`."""
-        refuse_unknown("stream", type(self).stream, unknown)
         params = _params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
         requests = self._requests([prompt], 1, params)
         events = self._engine.sample(
@@ -155,6 +152,7 @@ class SamplingClient:
         )
         return (event.text for event in events if isinstance(event, Delta) and event.text)
 
+    @known_keywords
     def compute_logprobs(self, prompt: Prompt) -> list[float | None]:
         """Log-prob of each of the prompt's tokens given those before it; None for the first, which nothing precedes."""
         return self._engine.compute_logprobs(self._snapshot.id, self.prompt_tokens(prompt))

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import refuse_unknown
+from .arguments import as_path
 from .checkpoint import read_folder
 from .errors import CheckpointError, UsageError
 from .hardware import Hardware, detect
+from .keywords import known_keywords
 from .notices import Notices
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class ServiceClient:
             `torch.use_deterministic_algorithms`); they are slower. On a CPU results repeat in any case.
     """
 
+    @known_keywords
     def __init__(
         self,
         *,
@@ -69,6 +71,7 @@ class ServiceClient:
 
         return model_table(self.hardware)
 
+    @known_keywords
     def create_lora_training_client(
         self,
         base_model: str,
@@ -85,7 +88,6 @@ class ServiceClient:
         overlong: str = "drop",
         adapter: str | Path | None = None,
         micro_batch_tokens: int | None = None,
-        **unknown: Any,
     ) -> TrainingClient:
         """A LoRA adapter on a frozen base, ready to train.
 
@@ -106,7 +108,6 @@ class ServiceClient:
         """
         from .training import TrainingClient
 
-        refuse_unknown("create_lora_training_client", type(self).create_lora_training_client, unknown)
         options = _options(rank, alpha, target_modules, train_unembed, dropout, seed, micro_batch_tokens)
         start = None if adapter is None else self._adapter(adapter)
         _check_lengths(max_length, overlong)
@@ -127,13 +128,14 @@ class ServiceClient:
             say=self._say,
         )
 
+    @known_keywords
     def create_training_client_from_state(self, path: str | Path) -> TrainingClient:
         """Continue from what `save_state` wrote, in this process or a fresh one: weights, moments, step and randomness.
 
         Raises:
             CheckpointError: a damaged folder, or a base model that is not the one it was trained on.
         """
-        checkpoint = read_folder(Path(path))
+        checkpoint = read_folder(as_path(path, "a state to continue"))
         meta = checkpoint.meta
         if meta.get("kind") != "state":
             raise CheckpointError(
@@ -143,6 +145,7 @@ class ServiceClient:
         trainer._load_state(path, keep_cut=False)
         return trainer
 
+    @known_keywords
     def create_sampling_client(
         self,
         base_model: str | Path,

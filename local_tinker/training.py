@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter_folder import CONFIG, adapter_config, write_adapter
-from .arguments import adam_fields, holds_rollouts, kind_of, refuse_unknown
+from .arguments import adam_fields, as_path, holds_rollouts, kind_of
 from .checkpoint import dump_json, read_folder, write_folder
 from .custom_loss import evaluate, loss_weights, with_weights
 from .data.datum import check_fields, validate_datums
@@ -18,6 +18,7 @@ from .data.render import Renderer
 from .engine.base import AdapterOptions, BaseInfo, LossCall, TrainerState, Unit
 from .engine.local import LocalEngine
 from .errors import CheckpointError, DatasetError, UsageError
+from .keywords import known_keywords
 from .losses import find_loss
 from .losses.base import LossSpec, check_options
 from .notices import Notices
@@ -127,6 +128,7 @@ class TrainingClient:
         self._memory.remember(made.old_logprobs, made.fixed)
         return _with_metrics(result, made.metrics)
 
+    @known_keywords
     def forward_backward_custom(self, batch: Any, fn: Callable[..., Any], loss_fn: str = "cross_entropy") -> LossResult:
         """Train on a loss of your own: `fn(data, logprobs) -> (loss, metrics)`, any torch function of per-token log-probs.
 
@@ -140,6 +142,8 @@ class TrainingClient:
         """
         import torch
 
+        if not callable(fn):
+            raise UsageError(f"fn must be a function of the data and their log-probs, got {type(fn).__name__}")
         if self._options.dropout:
             raise UsageError("dropout makes the log-probs of a custom loss random; create the client with dropout=0")
         units, kinds = self._units(batch, "dpo" if loss_fn == "dpo" else "sft", negative_weights=True)
@@ -154,6 +158,7 @@ class TrainingClient:
         value, found = float(loss.detach()), [lp.detach().numpy() for lp in logprobs]
         return LossResult(lambda: (value, metrics, found))
 
+    @known_keywords
     def optim_step(
         self,
         params: AdamParams | Mapping[str, Any] | None = None,
@@ -165,7 +170,6 @@ class TrainingClient:
         weight_decay: float | None = None,
         grad_clip_norm: float | None = None,
         value_learning_rate: float = 1e-3,
-        **unknown: Any,
     ) -> StepResult:
         """Apply the accumulated gradient: divide, clip, AdamW, clear.
 
@@ -176,7 +180,6 @@ class TrainingClient:
         Raises:
             StateError: nothing was accumulated. UsageError: unknown fields, values out of range.
         """
-        refuse_unknown("optim_step", type(self).optim_step, unknown)
         keywords = {
             "learning_rate": learning_rate,
             "beta1": beta1,
@@ -278,8 +281,10 @@ class TrainingClient:
             self._engine, snapshot, self._base, self._renderer, trained_on=frozenset(self._trained_on), say=self._say
         )
 
+    @known_keywords
     def save_adapter(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the adapter as a folder that plain PEFT loads, with tokenizer, chat template and a card."""
+        path = as_path(path, "where to save")
         adapter = self._engine.export_adapter(self._id)
         return write_adapter(
             path,
@@ -297,6 +302,7 @@ class TrainingClient:
         """About the bytes of a saved state; a saved adapter takes a third of it."""
         return self._engine.state_bytes(self._id)
 
+    @known_keywords
     def save_state(
         self,
         path: str | Path,
@@ -312,6 +318,7 @@ class TrainingClient:
                 they make this raise.
             extra: JSON values to keep with it, such as a data position; `load_state` returns them.
         """
+        path = as_path(path, "where to save")
         state = self._engine.export_state(self._id, ignore_gradients=discard_gradients)
         adapter = self._engine.export_adapter(self._id)
         config = adapter_config(
@@ -323,6 +330,7 @@ class TrainingClient:
             self._engine.discard_gradients(self._id)
         return written
 
+    @known_keywords
     def load_state(self, path: str | Path, *, discard_gradients: bool = False) -> dict[str, Any]:
         """Continue from what `save_state` wrote; returns its `extra`.
 
@@ -337,7 +345,7 @@ class TrainingClient:
 
     def _load_state(self, path: str | Path, *, discard_gradients: bool = False, keep_cut: bool) -> dict[str, Any]:
         """`keep_cut`: compute in this client's micro-batches, not in the saved ones; in bf16 another cut rounds differently."""
-        checkpoint = read_folder(Path(path))
+        checkpoint = read_folder(as_path(path, "a state to load"))
         if checkpoint.meta.get("kind") != "state":
             raise CheckpointError(f"{path} is a saved {checkpoint.meta.get('kind', 'folder')}, not a training state")
         files = {name: checkpoint.bytes(name) for name in checkpoint.manifest if name.endswith(".safetensors")}

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .errors import UsageError
+from .keywords import known_keywords
 
 STOP_REASONS = ("stop", "length")
 
@@ -133,6 +134,7 @@ class Datum:
         return cls(value.model_input, dict(value.loss_fn_inputs))
 
 
+@known_keywords
 @dataclass(frozen=True)
 class AdamParams:
     """One AdamW step (Loshchilov & Hutter, arXiv 1711.05101) with the field names of Tinker.

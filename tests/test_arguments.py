@@ -1,7 +1,10 @@
 """Keywords that other libraries use are answered with ours."""
 
+import pickle
+
 import pytest
 
+from local_tinker import AdamParams, ServiceClient, batches, load_rows
 from local_tinker.errors import UsageError
 
 
@@ -80,3 +83,57 @@ def test_an_option_of_another_librarys_loss_is_answered_with_ours(trainer):
 def test_what_is_no_prompt_is_named(trainer, prompt, got):
     with pytest.raises(UsageError, match=f"a prompt is a string, a list of messages or a list of token ids; {got}$"):
         trainer.save_weights_and_get_sampling_client().sample(prompt)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (
+            lambda: AdamParams(lr=1e-3),
+            "AdamParams has no keyword 'lr': write learning_rate; it takes learning_rate, beta1",
+        ),
+        (
+            lambda: ServiceClient(api_key="x"),
+            "has no keyword 'api_key': it is not needed: everything runs on this machine",
+        ),
+        (lambda: batches([1], bs=2), "batches has no keyword 'bs': write batch_size; it takes rows, batch_size"),
+        (lambda: load_rows("x.jsonl", num_rows=3), "load_rows has no keyword 'num_rows'"),
+        (lambda: load_rows({"text": ["a"]}), "got dict. Rows that are in memory already go to batches"),
+    ],
+)
+def test_functions_and_classes_answer_too(call, says):
+    with pytest.raises(UsageError) as caught:
+        call()
+    assert says in str(caught.value) and "self" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda t: t.save_state(3), "where to save is a path, as a str or a pathlib.Path; got 3"),
+        (lambda t: t.save_adapter(""), "where to save is a path"),
+        (lambda t: t.load_state(None), "a state to load is a path"),
+        (lambda t: t.save_state("x", force=True), "save_state has no keyword 'force'"),
+        (lambda t: t.forward_backward(["a b"], loss="sft"), "it is forward_backward(loss_fn=...)"),
+        (lambda t: t.forward_backward_custom(["a b"], None), "fn must be a function of the data and their log-probs"),
+        (lambda t: t.save_weights_and_get_sampling_client().sample_batch(None), "a list of prompts, got one NoneType"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_before_anything_is_done(trainer, call, says):
+    with pytest.raises(UsageError) as caught:
+        call(trainer)
+    assert says in str(caught.value)
+
+
+def test_a_checked_function_keeps_its_signature():
+    import inspect
+
+    assert list(inspect.signature(batches).parameters) == [
+        "rows",
+        "batch_size",
+        "epochs",
+        "seed",
+        "shuffle",
+        "drop_last",
+    ]
+    assert AdamParams(1e-3).learning_rate == 1e-3 and batches.__doc__ and pickle.loads(pickle.dumps(AdamParams()))

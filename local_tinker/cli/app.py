@@ -151,7 +151,7 @@ def _unknown(word: str) -> str:
 def _usage(error: Exception, name: str) -> str:
     if not hasattr(error, "possibilities"):  # anything but an unknown option
         return f"{error.format_message().rstrip('.')}; see `{PROGRAM} {name} --help`"
-    from ..arguments import meant
+    from ..keywords import meant
 
     word, close = error.option_name, error.possibilities or []
     known = [flag[2:].replace("-", "_") for each in error.ctx.command.params for flag in each.opts]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import DatasetError, StateError, UsageError
+from ..keywords import known_keywords
 from .rows import Rows, digest
 
 _SETTINGS = ("batch_size", "seed", "shuffle", "drop_last", "rows", "digest")
@@ -101,6 +102,7 @@ def _short(value: Any) -> str:
     return f"{value[:12]}..." if isinstance(value, str) and len(value) > 12 else str(value)
 
 
+@known_keywords
 def batches(
     rows: Sequence[Any],
     *,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DatasetError, MissingDependencyError, UsageError
+from ..keywords import known_keywords
 from . import hub, jsonfile
 from .rows import Row, Rows, RowSource, fail
 
@@ -62,6 +63,7 @@ class _Collector:
             raise error
 
 
+@known_keywords
 def load_rows(
     source: str | os.PathLike,
     *,
@@ -84,6 +86,11 @@ def load_rows(
         DatasetError: what cannot be read, with file, line and field. EncodingError: bytes that are not UTF-8.
         MissingDependencyError: pyarrow or datasets is needed.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise UsageError(
+            f"load_rows reads a file, glob, folder or hub id, given as a str or path; got {type(source).__name__}. Rows that "
+            "are in memory already go to batches(...) as they are"
+        )
     name, tell = os.fspath(source), say or (lambda message: None)
     limit = _check_count("limit", None if limit == -1 else limit)
     if limit == 0:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import hint
 from ..errors import UsageError
+from ..keywords import hint
 
 # An importance ratio is exp(difference of log-probs). Near e^88 it would overflow fp32 and turn the zero gradient of a
 # clipped token into 0 * inf = NaN, so it stops growing at e^60; `ratio_max` shows it.
