@@ -6,6 +6,7 @@ import difflib
 import errno
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -97,7 +98,7 @@ def run_typer(command: Callable, words: list[str], *, name: str, summary: str) -
     try:
         code = typer.main.get_command(app)(words, prog_name=f"{PROGRAM} {name}", standalone_mode=False)
     except typer.TyperException as error:
-        output.error(_usage(error, name))
+        output.error(_usage(error, name, words))
         return error.exit_code
     except typer.Abort:
         output.note("interrupted")
@@ -148,9 +149,16 @@ def _unknown(word: str) -> str:
     return f"no {kind} {word!r}; {hint}"
 
 
-def _usage(error: Exception, name: str) -> str:
+_KINDS = {"integer": "a whole number", "number": "a number"}
+
+
+def _usage(error: Exception, name: str, words: list[str]) -> str:
     if not hasattr(error, "possibilities"):  # anything but an unknown option
-        return f"{error.format_message().rstrip('.')}; see `{PROGRAM} {name} --help`"
+        message = error.format_message().rstrip(".")
+        if found := re.match(r"Invalid value for '(--[\w-]+)'.*should be a valid (integer|number)", message):
+            flag, kind = found.groups()
+            message = f"{flag}: got {_after(flag, words)!r}, {_KINDS[kind]} is needed"
+        return f"{message}; see `{PROGRAM} {name} --help`"
     from ..keywords import meant
 
     word, close = error.option_name, error.possibilities or []
@@ -160,3 +168,14 @@ def _usage(error: Exception, name: str) -> str:
         close = ["--" + ours.replace("_", "-").replace("=", " ").replace('"', "")]
     hint = f"did you mean {' or '.join(sorted(close))}?" if close else f"see `{PROGRAM} {name} --help`"
     return f"no option {word}; {hint}"
+
+
+def _after(flag: str, words: list[str]) -> str:
+    """What was written for a flag."""
+    pairs = [word.partition("=") for word in words]
+    given = [
+        value if equals else words[at + 1]
+        for at, (word, equals, value) in enumerate(pairs)
+        if word.replace("_", "-") == flag
+    ]
+    return given[-1]
