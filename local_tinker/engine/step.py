@@ -1,4 +1,4 @@
-"""One call over its micro-batches: pack -> forward -> loss -> backward -> gradients of sums.
+"""One micro-batch: forward -> loss -> backward -> gradients of sums.
 
 Shapes: N packed tokens of a micro-batch, M of them with a loss, K targets a token, H hidden, S datums.
 """
@@ -13,15 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.pack import pack
 from ..losses.base import LossData, LossInputs, LossSpec, LossTerms, Metric, combine_metrics
-from ..model.attention import VarlenCausal
 from ..model.head import CHUNK, target_logprobs
 from ..model.load import LoadedModel
 from ..model.lora import LoraDropout, LoraPair, gradient_leaf
-from ..types import Datum, ModelInput
-from .base import Unit
 from .footprint import Choice
+from .micro_batch import Layout, MicroBatch
 
 
 @dataclass(frozen=True)
@@ -49,45 +46,6 @@ class Gradients:
     value: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a micro-batch's rows belong, on the host: per document its index in the call, its length and its rows."""
-
-    datums: tuple[int, ...]
-    lengths: tuple[int, ...]
-    spans: tuple[np.ndarray, ...]
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Documents one after the other, with everything the pass needs already on the device.
-
-    Attributes:
-        tokens, positions: (N,). lengths: of each document. attend: keeps each document to itself.
-        rows: (M,) positions whose log-probs the loss reads.
-        targets: (M,) or (M, K). fields: name -> (M,) or (M, K). segments: (M,) document of each row.
-        pairs: (P, 2) documents of each preference pair, or None.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    layout: Layout
-    attend: VarlenCausal
-    rows: Tensor
-    targets: Tensor
-    fields: dict[str, Tensor]
-    segments: Tensor
-    pairs: Tensor | None
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return self.layout.lengths
-
-    @property
-    def datums(self) -> tuple[int, ...]:
-        return self.layout.datums
-
-
 @dataclass
 class Outcome:
     """A call's sums, still on the device; reading them is what waits."""
@@ -98,76 +56,6 @@ class Outcome:
     logprobs: list[tuple[Layout, Tensor]] = field(default_factory=list)
     values: list[tuple[Layout, Tensor]] = field(default_factory=list)
     reference: list[tuple[Layout, Tensor]] = field(default_factory=list)
-
-
-def cut(units: Sequence[Unit], *, budget: int) -> list[list[int]]:
-    """Units -> micro-batches of at most `budget` tokens, longest first; a unit is never cut."""
-    return pack([[datum.length for datum in unit] for unit in units], budget=budget)
-
-
-def blank(tokens: int) -> Datum:
-    """A document of this length with nothing in it, every position trained."""
-    zeros = np.zeros(tokens, np.int64)
-    return Datum(ModelInput.from_ints(zeros.tolist()), {"target_tokens": zeros})
-
-
-def micro_batch(units: Sequence[Unit], chosen: Sequence[int], spec: LossSpec, *, device: torch.device) -> MicroBatch:
-    """Concatenate the chosen units' datums; the host knows all lengths and rows, so nothing waits for the device."""
-    first = np.cumsum([0, *(len(unit) for unit in units)])
-    datums = [(int(first[u]) + i, datum) for u in chosen for i, datum in enumerate(units[u])]
-    names = _field_names([datum for _, datum in datums])
-    spans, tokens, offset = [], [], 0
-    rows, segments = [], []
-    fields: dict[str, list[np.ndarray]] = {name: [] for name in ("target_tokens", *names)}
-    for segment, (_, datum) in enumerate(datums):
-        inputs = datum.loss_fn_inputs
-        length = datum.length
-        weights = inputs.get("weights")
-        span = np.arange(length) if spec.rows == "all" or weights is None else np.flatnonzero(_any_column(weights))
-        for name, column in fields.items():
-            column.append(inputs[name][span] if name in inputs else np.ones(len(span), np.float32))
-        tokens.append(np.asarray(datum.model_input.to_ints(), np.int64))
-        spans.append(span)
-        rows.append(span + offset)
-        segments.append(np.full(len(span), segment, np.int64))
-        offset += length
-    lengths = tuple(len(t) for t in tokens)
-
-    def put(parts: list[np.ndarray]) -> Tensor:
-        host = torch.from_numpy(np.concatenate(parts))
-        # from pageable memory the copy would make the host wait for everything queued before it
-        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-
-    packed = {name: put(column) for name, column in fields.items()}
-    pair_ids = _pairs([len(units[u]) for u in chosen])
-    return MicroBatch(
-        tokens=put(tokens),
-        positions=put([np.arange(n, dtype=np.int64) for n in lengths]),
-        layout=Layout(tuple(index for index, _ in datums), lengths, tuple(spans)),
-        attend=VarlenCausal([0, *np.cumsum(lengths).tolist()], device),
-        rows=put(rows),
-        targets=packed.pop("target_tokens"),
-        fields=packed,
-        segments=put(segments),
-        pairs=None if pair_ids is None else put([pair_ids]),
-    )
-
-
-def _any_column(weights: np.ndarray) -> np.ndarray:
-    return weights if weights.ndim == 1 else (weights != 0).any(axis=1)
-
-
-def _field_names(datums: Sequence[Any]) -> list[str]:
-    """Every field of the micro-batch; a datum without `weights` counts every position."""
-    return sorted({name for datum in datums for name in datum.loss_fn_inputs} - {"target_tokens"})
-
-
-def _pairs(sizes: Sequence[int]) -> np.ndarray | None:
-    if all(size == 1 for size in sizes):
-        return None
-    assert all(size == 2 for size in sizes), "a unit is one datum, or a (chosen, rejected) pair"
-    first = np.arange(0, 2 * len(sizes), 2, dtype=np.int64)
-    return np.stack([first, first + 1], axis=1)
 
 
 def run_forward(

@@ -26,21 +26,10 @@ from ..types import AdamParams, LossResult, StepResult
 from .base import LossCall, Scores, Unit
 from .footprint import Choice
 from .interrupts import finish_first
+from .micro_batch import MicroBatch, blank, cut, micro_batch
 from .optimiser import SUMS, FlatAdamW, GradientWindow, WindowBackup, clip
 from .planning import Budget
-from .step import (
-    Gradients,
-    MicroBatch,
-    Outcome,
-    Weights,
-    blank,
-    cut,
-    loss_terms,
-    micro_batch,
-    per_datum,
-    record,
-    run_forward,
-)
+from .step import Gradients, Outcome, Weights, loss_terms, per_datum, record, run_forward
 
 T = TypeVar("T")
 
@@ -202,8 +191,7 @@ class Trainer:
         gradients = Gradients(
             self.adapter.views(self.window.buffer(key)), None if value is None else value.window.buffer(key)
         )
-        for chosen in cut(call.units, budget=self.budget.micro_batch_tokens):
-            micro = micro_batch(call.units, chosen, spec, device=self.model.device)
+        for micro in self._micro_batches(call.units, spec, share=self.spec.dropout == 0.0):
             out = run_forward(
                 self.model,
                 micro,
@@ -260,8 +248,7 @@ class Trainer:
         weights = Weights(self.adapter.views(self.adapter.compute), self.spec.scale, self.model.head_path)
         reference = self.reference_weights() if "reference" in needs else None
         value = self.value or self.new_value_head() if "values" in needs else None
-        for chosen in cut(units, budget=self.budget.micro_batch_tokens):
-            micro = micro_batch(units, chosen, spec, device=self.model.device)
+        for micro in self._micro_batches(units, spec, share=True):
             yield (
                 micro,
                 run_forward(
@@ -274,6 +261,12 @@ class Trainer:
                     choice=self.budget.choice_for(len(micro.tokens)),
                 ),
             )
+
+    def _micro_batches(self, units: Sequence[Unit], spec: LossSpec, *, share: bool) -> Iterator[MicroBatch]:
+        """Heads are shared where the road can, and where no dropout draws a mask for each datum."""
+        share = share and self.model.fast is not None
+        for chosen in cut(units, spec, budget=self.budget.micro_batch_tokens, share=share):
+            yield micro_batch(units, chosen, spec, device=self.model.device, share=share)
 
     def reference_weights(self) -> Weights:
         """The base with this adapter's tensors at scale 0, so the same kernels run; or the adapter training started from."""

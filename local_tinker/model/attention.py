@@ -10,9 +10,9 @@ one document (its last L tokens ask).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError
 from .kernels import KERNEL_DTYPES, triton_ready
-from .kernels.attention import PackedBlocks, attend_packed, attend_packed_backward
+from .kernels.attention import Document, PackedBlocks, attend_packed, attend_packed_backward
 
 ATTENTION_NAME = "local_tinker"
 QUERY_BLOCK = 1024  # rows of soft-capped scores that exist at once
@@ -37,26 +37,31 @@ class Attend(Protocol):
 
 
 class VarlenCausal:
-    """Each document attends causally to itself alone.
+    """Each document attends causally to itself alone, and to the prefix that it goes on from.
 
     Args:
         cu_seqlens: document i holds tokens cu_seqlens[i] to cu_seqlens[i + 1]; starts with 0, ends with N.
         device: where the tokens will be.
         cu_keys: the same of the keys, where the tokens are only the last of their documents; without gradients.
+        prefixes: of each document the number of the one it goes on from, or None. Documents that go on from one stand
+            right behind it, side by side.
     """
 
     def __init__(
-        self, cu_seqlens: Sequence[int], device: torch.device | str, *, cu_keys: Sequence[int] | None = None
+        self,
+        cu_seqlens: Sequence[int],
+        device: torch.device | str,
+        *,
+        cu_keys: Sequence[int] | None = None,
+        prefixes: Sequence[int | None] | None = None,
     ) -> None:
+        assert cu_keys is None or prefixes is None, "documents that go on are whole"
         self.cu_seqlens = [int(edge) for edge in cu_seqlens]
-        self.cu_keys = self.cu_seqlens if cu_keys is None else [int(edge) for edge in cu_keys]
-        queries, keys = (_lengths(edges) for edges in (self.cu_seqlens, self.cu_keys))
-        assert all(0 < asking <= length for asking, length in zip(queries, keys, strict=True)), (
-            f"{queries} queries cannot be the last of {keys} keys"
-        )
-        self.max_queries, self.max_length = max(queries), max(keys)
-        continued = None if self.cu_keys == self.cu_seqlens else self.cu_keys
-        self.blocks = PackedBlocks(self.cu_seqlens, torch.device(device), continued)
+        cu_keys = self.cu_seqlens if cu_keys is None else [int(edge) for edge in cu_keys]
+        self.documents = _documents(self.cu_seqlens, cu_keys, prefixes)
+        self.max_queries = max(d.asking for d in self.documents)
+        self.max_length = max(d.before + d.length for d in self.documents)
+        self.blocks = PackedBlocks(self.documents, torch.device(device))
 
     def __call__(
         self,
@@ -75,14 +80,20 @@ class VarlenCausal:
         if kernel == "packed":
             return _Packed.apply(q, k, v, self.blocks, scale, window, softcap)
         if kernel == "flash":
-            return self._flash(q, k, v, scale, window)
-        if len(self.cu_seqlens) > 2 and self.max_length * (len(self.cu_seqlens) - 1) == q.shape[0] and softcap is None:
+            return self._flash(q, *(torch.cat(list(map(torch.cat, self._seen(t)))) for t in (k, v)), scale, window)
+        if len(self.documents) > 1 and self.max_length * len(self.documents) == q.shape[0] and softcap is None:
             return attend_equal(q, k, v, self.max_length, scale=scale, window=window)
         outputs = [
-            attend_document(q[i:j], k[m:n], v[m:n], scale=scale, window=window, softcap=softcap)
-            for (i, j), (m, n) in zip(pairwise(self.cu_seqlens), pairwise(self.cu_keys), strict=True)
+            attend_document(q[i:j], *map(_joined, seen), scale=scale, window=window, softcap=softcap)
+            for (i, j), *seen in zip(pairwise(self.cu_seqlens), self._seen(k), self._seen(v), strict=True)
         ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return _joined(outputs)
+
+    def _seen(self, t: Tensor) -> list[list[Tensor]]:
+        """Keys or values of each document: its prefix's, where it has one, and its own."""
+        return [
+            [t[d.prefix : d.prefix + d.before]] * (d.before > 0) + [t[d.key : d.key + d.length]] for d in self.documents
+        ]
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
@@ -123,7 +134,10 @@ class VarlenCausal:
 
     def _flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """torch's own variable-length flash kernel, which takes fewer key-value heads as they are."""
-        queries, keys = (torch.tensor(e, dtype=torch.int32, device=q.device) for e in (self.cu_seqlens, self.cu_keys))
+        lengths = [d.before + d.length for d in self.documents]
+        queries, keys = (
+            torch.tensor(e, dtype=torch.int32, device=q.device) for e in (self.cu_seqlens, [0, *accumulate(lengths)])
+        )
         left = -1 if window is None else window - 1
         return torch.ops.aten._flash_attention_forward(
             q, k, v, queries, keys, self.max_queries, self.max_length, 0.0, window is None, False,
@@ -131,10 +145,24 @@ class VarlenCausal:
         )[0]  # fmt: skip
 
 
-def _lengths(edges: Sequence[int]) -> list[int]:
-    lengths = [stop - start for start, stop in pairwise(edges)]
-    assert edges[0] == 0 and lengths and min(lengths) > 0, f"{edges} must rise from 0"
-    return lengths
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _documents(
+    cu_seqlens: Sequence[int], cu_keys: Sequence[int], prefixes: Sequence[int | None] | None
+) -> list[Document]:
+    queries, keys = ([(a, b - a) for a, b in pairwise(edges)] for edges in (cu_seqlens, cu_keys))
+    found = [Document(q, asking, k, length) for (q, asking), (k, length) in zip(queries, keys, strict=True)]
+    assert cu_seqlens[0] == cu_keys[0] == 0 and found, f"{cu_seqlens} must rise from 0"
+    assert all(0 < d.asking <= d.length for d in found), f"{queries} queries cannot be the last of {keys} keys"
+    for at, index in enumerate(prefixes or ()):
+        if index is not None:
+            prefix, own = found[index], found[at]
+            assert prefix.query + prefix.asking + prefix.behind == own.query, "documents of a prefix stand behind it"
+            found[at] = replace(own, prefix=prefix.key, before=prefix.length)
+            found[index] = replace(prefix, behind=prefix.behind + own.asking)
+    return found
 
 
 class _Packed(torch.autograd.Function):

@@ -135,7 +135,7 @@ def _card() -> Iterator[None]:
         patch(ProjectionGroup, "fused", lambda self, lora: lora is not None)
         patch(group_module, "_product", _wide_product)
         patch(Head, "raw", lambda self, h, pair=None, scale=1.0: _wide_product(h, self.weight.t()))
-        patch(PackedBlocks, "of", lambda self, size, *, keys: torch.empty(4, 4, dtype=torch.int32))
+        patch(PackedBlocks, "of", lambda self, size, *, keys: torch.empty(4, 6, dtype=torch.int32))
         patch(layer, "Parked", _Parked)
         patch(layer.DecoderPass, "_park", lambda self, h: _Parked(h, None))
         assert attention.attention_kernel(torch.device("meta"), BF16, 128, None) == "packed"

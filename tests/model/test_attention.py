@@ -55,6 +55,27 @@ def test_gradients_equal_the_reference(window, softcap):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (4, None), (None, 0.7), (4, 0.7)])
+def test_documents_that_go_on_from_a_prefix_equal_whole_ones_and_so_do_gradients(window, softcap):
+    edges, prefixes = [0, 4, 9, 16, 17, 21], [None, None, 1, 1, None]
+    rows = [*range(9), *range(4, 9), *range(9, 16), *range(4, 9), 16, *range(17, 21)]
+    own = [*range(9), *range(14, 21), 26, *range(27, 31)]
+    ours, theirs = (tuple(t.requires_grad_() for t in qkv(21)) for _ in range(2))
+    options = dict(scale=0.3, window=window, softcap=softcap)
+    out = VarlenCausal(edges, "cpu", prefixes=prefixes)(0, *ours, **options)
+    expected = attend_reference(*(t[rows] for t in theirs), [0, 4, 9, 21, 27, 31], **options)[own]
+    torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
+    out.sin().sum().backward()
+    expected.sin().sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-12)
+
+
+def test_documents_that_go_on_stand_right_behind_their_prefix():
+    with pytest.raises(AssertionError, match="stand behind it"):
+        VarlenCausal([0, 4, 9, 12], "cpu", prefixes=[None, None, 0])
+
+
 @pytest.mark.parametrize("window", [None, 5])
 def test_capped_attention_in_blocks_equals_one_block(window, monkeypatch):
     monkeypatch.setattr("local_tinker.model.attention.QUERY_BLOCK", 4)

@@ -5,6 +5,9 @@ kernel owns a block of queries and gives dq, another owns a block of keys and gi
 share them. So gradients are the same bits every time, nothing is expanded to the query heads, and dq, dk and dv land in
 the caller's buffer. The definition is `model.attention.attend_reference`.
 
+Documents that go on from a common prefix stand behind it, one after the other: their queries walk the prefix's keys and
+then their own, and the prefix's keys take the gradients of all queries behind it in one loop.
+
 Shapes: N packed tokens, Hq query heads, Hkv key-value heads, G = Hq / Hkv, D head dimension.
 """
 
@@ -12,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -58,44 +60,66 @@ def tuning(head_dim: int, capability: tuple[int, int], length: float) -> Tuning:
     return Tuning(wide, wide, key)
 
 
+@dataclass(frozen=True)
+class Document:
+    """Where one document of a pack stands: its queries, its keys (of which the queries are the last), the keys of a
+    prefix before these, and how many queries of documents that go on from it follow behind."""
+
+    query: int
+    asking: int
+    key: int
+    length: int
+    prefix: int = 0
+    before: int = 0
+    behind: int = 0
+
+
 class PackedBlocks:
     """Who owns which rows, made on the host once a micro-batch, the longest work first.
 
-    Args:
-        cu_seqlens: queries cu_seqlens[i] to cu_seqlens[i + 1] are document i's.
-        cu_keys: the same of keys, where queries are only the last of their document; such blocks have no backward.
-
     Attributes:
-        length: mean over queries of their document's length.
+        length: mean over queries of the keys of their document, the prefix included.
+        prefixes: whether some document goes on from another.
+        positions: (N,) int32 of each token in its document with its prefix, None without prefixes.
     """
 
-    def __init__(self, cu_seqlens: Sequence[int], device: torch.device, cu_keys: Sequence[int] | None = None) -> None:
-        self._continued = cu_keys is not None
-        queries, keys = (list(pairwise(edges)) for edges in (cu_seqlens, cu_seqlens if cu_keys is None else cu_keys))
-        self._documents = [(q0, q1 - q0, k0, k1 - k0) for (q0, q1), (k0, k1) in zip(queries, keys, strict=True)]
-        self.length = sum(asking * length for _, asking, _, length in self._documents) / max(1, cu_seqlens[-1])
-        self._device = device
+    def __init__(self, documents: Sequence[Document], device: torch.device) -> None:
+        self._documents, self._device = documents, device
+        asking = sum(d.asking for d in documents)
+        self.length = sum(d.asking * (d.length + d.before) for d in documents) / max(1, asking)
+        self.prefixes = any(d.before for d in documents)
         self._made: dict[tuple[int, bool], Tensor] = {}
+        self._positions: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor | None:
+        if self.prefixes and self._positions is None:
+            parts = [np.arange(d.before, d.before + d.length, dtype=np.int32) for d in self._documents]
+            self._positions = self._upload(np.concatenate(parts))
+        return self._positions
 
     def of(self, size: int, *, keys: bool) -> Tensor:
-        """(blocks, 4) int32: where the document's first query is or would be, the block's first row in the document, the
-        document's length, where its first key is."""
-        assert not (keys and self._continued), "keys that no query of theirs is here for"
+        """(blocks, 6) int32: where the document's first query is or would be, the block's first row in the document, the
+        document's length, where its first key is; then of queries' blocks the prefix's first key and length, of keys'
+        blocks the first query behind the document and their number."""
         if (size, keys) not in self._made:
-            parts = [
-                np.stack(np.broadcast_arrays(q0 - before, np.arange(before, length, size), length, k0), axis=1)
-                for q0, asking, k0, length in self._documents
-                for before in [length - asking]
-            ]
-            rows = np.concatenate(parts)
-            work = (
-                rows[:, 2] - rows[:, 1] if keys else rows[:, 1]
-            )  # keys are seen by what follows, queries see what went before
-            rows = np.ascontiguousarray(rows[np.argsort(-work, kind="stable")], dtype=np.int32)
-            host = torch.from_numpy(rows)
-            on_card = self._device.type == "cuda"
-            self._made[size, keys] = host.pin_memory().to(self._device, non_blocking=True) if on_card else host
+            rows = np.concatenate([_rows(d, size, keys=keys) for d in self._documents])
+            # keys are seen by what follows, queries see what went before
+            work = rows[:, 2] - rows[:, 1] + rows[:, 5] if keys else rows[:, 1] + rows[:, 5]
+            self._made[size, keys] = self._upload(rows[np.argsort(-work, kind="stable")])
         return self._made[size, keys]
+
+    def _upload(self, values: np.ndarray) -> Tensor:
+        host = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32))
+        return host.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else host
+
+
+def _rows(d: Document, size: int, *, keys: bool) -> np.ndarray:
+    earlier = d.length - d.asking
+    assert not (keys and earlier), "keys that no query of theirs is here for"
+    firsts = np.arange(earlier, d.length, size)
+    other = (d.query + d.asking, d.behind) if keys else (d.prefix, d.before)
+    return np.stack(np.broadcast_arrays(d.query - earlier, firsts, d.length, d.key, *other), axis=1)
 
 
 def attend_packed(
@@ -110,7 +134,7 @@ def attend_packed(
     work = blocks.of(own, keys=False)
     _forward[(work.shape[0], heads)](
         q, k, v, out, lse, work, n, q.stride(0), k.stride(0), v.stride(0), scale, softcap or 1.0,
-        HQ=heads, **_constants(q, k, window, softcap), BM=own, BN=look, num_warps=warps, num_stages=stages,
+        HQ=heads, **_constants(q, k, window, softcap, blocks), BM=own, BN=look, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse
 
@@ -133,7 +157,7 @@ def attend_packed_backward(
     n, heads, _ = q.shape
     dq, dk, dv = into
     dots = torch.empty_like(lse)  # sum over D of dout * out, made by the first kernel for the second
-    constants = _constants(q, k, window, softcap)
+    constants = _constants(q, k, window, softcap, blocks)
     own, look, warps, stages = _tuning(q, blocks).query
     work = blocks.of(own, keys=False)
     _backward_queries[(work.shape[0], heads)](
@@ -142,9 +166,10 @@ def attend_packed_backward(
     )  # fmt: skip
     own, look, warps, stages = _tuning(q, blocks).key
     work = blocks.of(own, keys=True)
+    positions = work if blocks.positions is None else blocks.positions
     _backward_keys[(work.shape[0], k.shape[1])](
-        q, k, v, dout, lse, dots, dk, dv, work, n, q.stride(0), k.stride(0), v.stride(0), dout.stride(0), dk.stride(0),
-        dv.stride(0), scale, softcap or 1.0, **constants, BN=own, BM=look, num_warps=warps, num_stages=stages,
+        q, k, v, dout, lse, dots, dk, dv, work, positions, n, q.stride(0), k.stride(0), v.stride(0), dout.stride(0),
+        dk.stride(0), dv.stride(0), scale, softcap or 1.0, **constants, BN=own, BM=look, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -153,7 +178,7 @@ def _tuning(q: Tensor, blocks: PackedBlocks) -> Tuning:
     return tuning(q.shape[-1], capability, blocks.length)
 
 
-def _constants(q: Tensor, k: Tensor, window: int | None, softcap: float | None) -> dict:
+def _constants(q: Tensor, k: Tensor, window: int | None, softcap: float | None, blocks: PackedBlocks) -> dict:
     d = q.shape[-1]
     return dict(
         G=q.shape[1] // k.shape[1],
@@ -161,6 +186,7 @@ def _constants(q: Tensor, k: Tensor, window: int | None, softcap: float | None) 
         DB=max(16, triton.next_power_of_2(d)),
         WINDOW=window or 0,
         CAP=softcap is not None,
+        PREFIX=blocks.prefixes,
     )
 
 
@@ -195,11 +221,30 @@ if triton is not None:
 
     @triton.jit
     def _sees(rows, keys, length, WINDOW: tl.constexpr):
-        """Whether query `rows` see `keys`, both positions in one document, broadcast against each other."""
-        seen = (keys <= rows) & (rows < length)
+        """Whether query `rows` see `keys`, both positions in one document of which there are `length` keys, broadcast
+        against each other. Rows past the end are zeros or are not stored."""
+        seen = (keys <= rows) & (keys < length)
         if WINDOW > 0:
             seen = seen & (keys > rows - WINDOW)
         return seen
+
+    @triton.jit
+    def _own_span(first, WINDOW: tl.constexpr, BN: tl.constexpr):
+        """Where a query block's own keys start, and up to where all of its queries see all of them."""
+        whole = first // BN * BN
+        low = 0
+        if WINDOW > 0:
+            low = tl.maximum(first - WINDOW + 1, 0) // BN * BN
+            whole = low
+        return low, whole
+
+    @triton.jit
+    def _prefix_span(first, before, WINDOW: tl.constexpr, BN: tl.constexpr):
+        """Where a query block's keys in the prefix start, and where the last, partial block of them does."""
+        low = 0
+        if WINDOW > 0:
+            low = tl.maximum(before + first - WINDOW + 1, 0) // BN * BN
+        return low, before // BN * BN
 
     @triton.jit
     def _forward_step(
@@ -224,37 +269,45 @@ if triton is not None:
     def _forward(
         Q, K, V, OUT, LSE, WORK, N, q_row, k_row, v_row, scale, cap,
         HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr,
+        PREFIX: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ):  # fmt: skip
         block, h = tl.program_id(0), tl.program_id(1)
-        start = tl.load(WORK + 4 * block).to(tl.int64)
-        first = tl.load(WORK + 4 * block + 1)
-        length = tl.load(WORK + 4 * block + 2)
+        start = tl.load(WORK + 6 * block).to(tl.int64)
+        first = tl.load(WORK + 6 * block + 1)
+        length = tl.load(WORK + 6 * block + 2)
         rows = first + tl.arange(0, BM)
         ok = rows < length
         q = _tile(Q + start * q_row + h * D, rows, q_row, ok, D, DB)
-        k_start = tl.load(WORK + 4 * block + 3).to(tl.int64)
-        K += k_start * k_row + (h // G) * D
-        V += k_start * v_row + (h // G) * D
         m = tl.full([BM], -1.0e30, tl.float32)
         total = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, DB], tl.float32)
-        if WINDOW > 0:
-            low = tl.maximum(first - WINDOW + 1, 0) // BN * BN
-            for n0 in range(low, tl.minimum(first + BM, length), BN):
+        if PREFIX:
+            p_start = tl.load(WORK + 6 * block + 4).to(tl.int64)
+            before = tl.load(WORK + 6 * block + 5)
+            PK, PV = K + p_start * k_row + (h // G) * D, V + p_start * v_row + (h // G) * D
+            low, whole = _prefix_span(first, before, WINDOW, BN)
+            for n0 in range(low, whole, BN):
                 acc, m, total = _forward_step(
-                    acc, m, total, q, K, V, rows, n0, length, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP, True
-                )
-        else:
-            seen = first // BN * BN
-            for n0 in range(0, seen, BN):  # all of these keys are seen by all of these queries
+                    acc, m, total, q, PK, PV, before + rows, n0, before, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP,
+                    WINDOW > 0,
+                )  # fmt: skip
+            for n0 in range(tl.maximum(low, whole), before, BN):
                 acc, m, total = _forward_step(
-                    acc, m, total, q, K, V, rows, n0, length, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP, False
-                )
-            for n0 in range(seen, tl.minimum(first + BM, length), BN):
-                acc, m, total = _forward_step(
-                    acc, m, total, q, K, V, rows, n0, length, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP, True
-                )
+                    acc, m, total, q, PK, PV, before + rows, n0, before, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP,
+                    True,
+                )  # fmt: skip
+        k_start = tl.load(WORK + 6 * block + 3).to(tl.int64)
+        K += k_start * k_row + (h // G) * D
+        V += k_start * v_row + (h // G) * D
+        low, whole = _own_span(first, WINDOW, BN)
+        for n0 in range(low, whole, BN):  # all of these keys are seen by all of these queries
+            acc, m, total = _forward_step(
+                acc, m, total, q, K, V, rows, n0, length, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP, False
+            )
+        for n0 in range(whole, tl.minimum(first + BM, length), BN):
+            acc, m, total = _forward_step(
+                acc, m, total, q, K, V, rows, n0, length, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP, True
+            )
         _put(OUT + start * (HQ * D) + h * D, rows, HQ * D, ok, acc / total[:, None], D, DB)
         tl.store(LSE + h.to(tl.int64) * N + start + rows, m + tl.log2(total), mask=ok)
 
@@ -278,12 +331,12 @@ if triton is not None:
     def _backward_queries(
         Q, K, V, OUT, DO, LSE, DOTS, DQ, WORK, N, q_row, k_row, v_row, do_row, dq_row, scale, cap,
         HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr,
+        PREFIX: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ):  # fmt: skip
         block, h = tl.program_id(0), tl.program_id(1)
-        start = tl.load(WORK + 4 * block).to(tl.int64)
-        first = tl.load(WORK + 4 * block + 1)
-        length = tl.load(WORK + 4 * block + 2)
+        start = tl.load(WORK + 6 * block).to(tl.int64)
+        first = tl.load(WORK + 6 * block + 1)
+        length = tl.load(WORK + 6 * block + 2)
         rows = first + tl.arange(0, BM)
         ok = rows < length
         q = _tile(Q + start * q_row + h * D, rows, q_row, ok, D, DB)
@@ -293,50 +346,41 @@ if triton is not None:
         lse = tl.load(LSE + at, mask=ok, other=0.0)
         dots = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
         tl.store(DOTS + at, dots, mask=ok)
+        dq = tl.zeros([BM, DB], tl.float32)
+        if PREFIX:
+            p_start = tl.load(WORK + 6 * block + 4).to(tl.int64)
+            before = tl.load(WORK + 6 * block + 5)
+            PK, PV = K + p_start * k_row + (h // G) * D, V + p_start * v_row + (h // G) * D
+            low, whole = _prefix_span(first, before, WINDOW, BN)
+            for n0 in range(low, whole, BN):
+                dq = _queries_step(
+                    dq, q, do, lse, dots, PK, PV, before + rows, n0, before, k_row, v_row, scale, cap, D, DB, BN, WINDOW,
+                    CAP, WINDOW > 0,
+                )  # fmt: skip
+            for n0 in range(tl.maximum(low, whole), before, BN):
+                dq = _queries_step(
+                    dq, q, do, lse, dots, PK, PV, before + rows, n0, before, k_row, v_row, scale, cap, D, DB, BN, WINDOW,
+                    CAP, True,
+                )  # fmt: skip
         K += start * k_row + (h // G) * D
         V += start * v_row + (h // G) * D
-        dq = tl.zeros([BM, DB], tl.float32)
-        if WINDOW > 0:
-            low = tl.maximum(first - WINDOW + 1, 0) // BN * BN
-            for n0 in range(low, tl.minimum(first + BM, length), BN):
-                dq = _queries_step(
-                    dq, q, do, lse, dots, K, V, rows, n0, length, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP, True
-                )
-        else:
-            for n0 in range(0, first, BN):
-                dq = _queries_step(
-                    dq,
-                    q,
-                    do,
-                    lse,
-                    dots,
-                    K,
-                    V,
-                    rows,
-                    n0,
-                    length,
-                    k_row,
-                    v_row,
-                    scale,
-                    cap,
-                    D,
-                    DB,
-                    BN,
-                    WINDOW,
-                    CAP,
-                    False,
-                )
-            for n0 in range(first, tl.minimum(first + BM, length), BN):
-                dq = _queries_step(
-                    dq, q, do, lse, dots, K, V, rows, n0, length, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP, True
-                )
+        low, whole = _own_span(first, WINDOW, BN)
+        for n0 in range(low, whole, BN):
+            dq = _queries_step(
+                dq, q, do, lse, dots, K, V, rows, n0, length, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP, False
+            )
+        for n0 in range(whole, tl.minimum(first + BM, length), BN):
+            dq = _queries_step(
+                dq, q, do, lse, dots, K, V, rows, n0, length, k_row, v_row, scale, cap, D, DB, BN, WINDOW, CAP, True
+            )
         _put(DQ + start * dq_row + h * D, rows, dq_row, ok, dq * scale, D, DB)
 
     @triton.jit
     def _keys_step(
-        dk, dv, k, v, Q, DO, LSE, DOTS, keys, m0, length, q_row, do_row, scale, cap,
-        D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
+        dk, dv, k, v, Q, DO, LSE, DOTS, POSITIONS, keys, m0, length, q_row, do_row, scale, cap, D: tl.constexpr,
+        DB: tl.constexpr, BM: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, BEHIND: tl.constexpr,
     ):  # fmt: skip
+        """Queries m0, m0 + 1, ... of the document, or of those that go on from it (BEHIND), which see all but for a window."""
         rows = m0 + tl.arange(0, BM)
         ok = rows < length
         q = _tile(Q, rows, q_row, ok, D, DB)
@@ -346,7 +390,11 @@ if triton is not None:
         s, slope = _scores(tl.dot(k, tl.trans(q)), scale, cap, CAP)  # (keys, queries)
         p = tl.exp2(s - lse[None, :])
         if MASK:
-            p = tl.where(_sees(rows[None, :], keys[:, None], length, WINDOW), p, 0.0)
+            if BEHIND:
+                at = tl.load(POSITIONS + rows, mask=ok, other=0)
+                p = tl.where(keys[:, None] > at[None, :] - WINDOW, p, 0.0)
+            else:
+                p = tl.where(_sees(rows[None, :], keys[:, None], length, WINDOW), p, 0.0)
         dv += tl.dot(p.to(do.dtype), do)
         ds = p * (tl.dot(v, tl.trans(do)) - dots[None, :]) * slope
         dk += tl.dot(ds.to(q.dtype), q)
@@ -354,14 +402,14 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["N"])
     def _backward_keys(
-        Q, K, V, DO, LSE, DOTS, DK, DV, WORK, N, q_row, k_row, v_row, do_row, dk_row, dv_row, scale, cap,
-        G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+        Q, K, V, DO, LSE, DOTS, DK, DV, WORK, POSITIONS, N, q_row, k_row, v_row, do_row, dk_row, dv_row, scale, cap,
+        G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PREFIX: tl.constexpr,
         BN: tl.constexpr, BM: tl.constexpr,
     ):  # fmt: skip
         block, g = tl.program_id(0), tl.program_id(1)
-        start = tl.load(WORK + 4 * block).to(tl.int64)
-        first = tl.load(WORK + 4 * block + 1)
-        length = tl.load(WORK + 4 * block + 2)
+        start = tl.load(WORK + 6 * block).to(tl.int64)
+        first = tl.load(WORK + 6 * block + 1)
+        length = tl.load(WORK + 6 * block + 2)
         keys = first + tl.arange(0, BN)
         ok = keys < length
         k = _tile(K + start * k_row + g * D, keys, k_row, ok, D, DB)
@@ -378,13 +426,22 @@ if triton is not None:
             at = h.to(tl.int64) * N + start
             for m0 in range(first, near, BM):
                 dk, dv = _keys_step(
-                    dk, dv, k, v, q, do, LSE + at, DOTS + at, keys, m0, length, q_row, do_row, scale, cap,
-                    D, DB, BM, WINDOW, CAP, True,
+                    dk, dv, k, v, q, do, LSE + at, DOTS + at, POSITIONS, keys, m0, length, q_row, do_row, scale, cap,
+                    D, DB, BM, WINDOW, CAP, True, False,
                 )  # fmt: skip
             for m0 in range(first + BN, stop, BM):
                 dk, dv = _keys_step(
-                    dk, dv, k, v, q, do, LSE + at, DOTS + at, keys, m0, length, q_row, do_row, scale, cap,
-                    D, DB, BM, WINDOW, CAP, WINDOW > 0,
+                    dk, dv, k, v, q, do, LSE + at, DOTS + at, POSITIONS, keys, m0, length, q_row, do_row, scale, cap,
+                    D, DB, BM, WINDOW, CAP, WINDOW > 0, False,
                 )  # fmt: skip
+            if PREFIX:
+                behind = tl.load(WORK + 6 * block + 4).to(tl.int64)
+                q, do = Q + behind * q_row + h * D, DO + behind * do_row + h * D
+                at = h.to(tl.int64) * N + behind
+                for m0 in range(0, tl.load(WORK + 6 * block + 5), BM):
+                    dk, dv = _keys_step(
+                        dk, dv, k, v, q, do, LSE + at, DOTS + at, POSITIONS + behind, keys, m0,
+                        tl.load(WORK + 6 * block + 5), q_row, do_row, scale, cap, D, DB, BM, WINDOW, CAP, WINDOW > 0, True,
+                    )  # fmt: skip
         _put(DK + start * dk_row + g * D, keys, dk_row, ok, dk * scale, D, DB)
         _put(DV + start * dv_row + g * D, keys, dv_row, ok, dv, D, DB)

@@ -16,7 +16,7 @@ from local_tinker.model.kernels import attention, head, lora, nf4, norm, rope, s
 
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes of one program, CUDA's tables
 HALF, WIDE, INT, REAL = "*bf16", "*fp32", "i32", "fp32"
-HEADS = dict(G=3, D=128, DB=128, WINDOW=0, CAP=False)
+HEADS = dict(G=3, D=128, DB=128, WINDOW=0, CAP=False, PREFIX=True)
 ROPE = dict(HQ=24, HK=8, D=128, J=64, JB=64, NORM=True, KIND=0, EPS=1e-5, ROUND=True, QB=32, KB=8)
 
 
@@ -33,7 +33,7 @@ def attention_cases(capability, head_dim=128):
     return [
         (attention._forward, "hhhhwniiiirr", wide | dict(HQ=24, BM=f.own, BN=f.look), f),
         (attention._backward_queries, "hhhhhwwhniiiiiirr", wide | dict(HQ=24, BM=q.own, BN=q.look), q),
-        (attention._backward_keys, "hhhhwwhhniiiiiiirr", wide | dict(BN=k.own, BM=k.look), k),
+        (attention._backward_keys, "hhhhwwhhnniiiiiiirr", wide | dict(BN=k.own, BM=k.look), k),
     ]
 
 
@@ -87,15 +87,6 @@ def test_the_table_covers_every_kernel():
     files = (attention, head, lora, nf4, norm, rope, swiglu)
     launched = {"_forward", "_backward_queries", "_backward_keys", *(case[0].__name__ for case in PLAIN)}
     defined = {name for file in files for name, value in vars(file).items() if isinstance(value, triton.JITFunction)}
-    helpers = {"_tile", "_put", "_scores", "_sees", "_forward_step", "_queries_step", "_keys_step", "_act", "_shape"}
-    helpers |= {
-        "_normalise",
-        "_turn",
-        "_halves",
-        "_weights_of",
-        "_rotate_heads",
-        "_rotate_heads_back",
-        "_copy_heads",
-        "_nf4_block",
-    }
-    assert defined - helpers == launched and torch is not None
+    helpers = "_tile _put _scores _sees _own_span _prefix_span _forward_step _queries_step _keys_step _act _shape"
+    helpers += " _normalise _turn _halves _weights_of _rotate_heads _rotate_heads_back _copy_heads _nf4_block"
+    assert defined - set(helpers.split()) == launched and torch is not None

@@ -2,6 +2,7 @@
 in a process of its own (test_interpreted.py)."""
 
 import os
+from itertools import pairwise
 
 import pytest
 import torch
@@ -172,6 +173,40 @@ def test_attention_over_packed_documents_and_its_gradients(case):
     leaves = [t.detach().clone().requires_grad_() for t in parts]  # the same through autograd
     attend(0, *leaves, **options).backward(dout)
     assert all(torch.equal(leaf.grad, t) for leaf, t in zip(leaves, into, strict=True))
+
+
+def whole(parts, edges, prefixes):
+    """Packed parts with every prefix repeated before each document that goes on from it: rows, edges, rows that count."""
+    rows, ends, own = [], [0], []
+    for (start, stop), prefix in zip(pairwise(edges), prefixes, strict=True):
+        before = [] if prefix is None else list(range(edges[prefix], edges[prefix + 1]))
+        own += range(len(rows) + len(before), len(rows) + len(before) + stop - start)
+        rows += [*before, *range(start, stop)]
+        ends.append(len(rows))
+    return [part[rows] for part in parts], ends, own
+
+
+@pytest.mark.parametrize("case", ["grouped", "window", "cap", "wide window"])
+@pytest.mark.parametrize("prefix", [1, 64, 75])
+def test_attention_of_documents_that_go_on_from_a_prefix(case, prefix):
+    """A whole document, then a prefix with three documents behind it, then one with a single one behind it."""
+    window, softcap = {"window": 37, "wide window": 90}.get(case), (4.0 if case == "cap" else None)
+    edges, prefixes = [0], [None, None, 1, 1, 1, None, 5]
+    for length in (20, prefix, 70, 1, 33, 12, 9):
+        edges.append(edges[-1] + length)
+    n, options = edges[-1], dict(scale=0.4, window=window, softcap=softcap)
+    packed, dout = (draw(n, 4, 16), draw(n, 2, 16, seed=1), draw(n, 2, 16, seed=2)), draw(n, 4, 16, seed=3)
+    attend = VarlenCausal(edges, DEVICE, prefixes=prefixes)
+    out, kept = attend.forward(*packed, **options)
+    into = tuple(torch.full_like(t, 7.0) for t in packed)
+    attend.backward(dout, *packed, out, kept, **options, into=into)
+    exact = [t.double().cpu().requires_grad_() for t in packed]
+    expanded, ends, own = whole(exact, edges, prefixes)
+    expected = attend_reference(*expanded, ends, **options)[own]
+    gradients = torch.autograd.grad(expected, exact, dout.double().cpu())
+    near(out.cpu(), expected.detach())
+    for ours, theirs in zip(into, gradients, strict=True):
+        near(ours.cpu(), theirs, 8e-3)
 
 
 @pytest.mark.parametrize("case", ["grouped", "window", "cap"])
