@@ -6,7 +6,8 @@ share them. So gradients are the same bits every time, nothing is expanded to th
 the caller's buffer. The definition is `model.attention.attend_reference`.
 
 Documents that go on from a common prefix stand behind it, one after the other: their queries walk the prefix's keys and
-then their own, and the prefix's keys take the gradients of all queries behind it in one loop.
+then their own. What all queries behind give to the prefix's keys is summed in pieces by a kernel before, in fp32, so that
+no block of keys walks thousands of queries alone, and the pieces are added in one order.
 
 Shapes: N packed tokens, Hq query heads, Hkv key-value heads, G = Hq / Hkv, D head dimension.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +44,8 @@ class Tuning:
     key: Blocks
 
 
+BEHIND = 1024  # queries behind a prefix that one program walks for each query head
+SUMS = 4096  # rows of such sums at most, all pieces of all prefixes together, where there are that many at all
 LONG = 4096  # a token's document, on average over tokens, from where wide blocks pay
 
 
@@ -79,7 +83,7 @@ class PackedBlocks:
 
     Attributes:
         length: mean over queries of the keys of their document, the prefix included.
-        prefixes: whether some document goes on from another.
+        prefixes: whether some document goes on from another. prefix_tokens: of all that some document goes on from.
         positions: (N,) int32 of each token in its document with its prefix, None without prefixes.
     """
 
@@ -88,7 +92,9 @@ class PackedBlocks:
         asking = sum(d.asking for d in documents)
         self.length = sum(d.asking * (d.length + d.before) for d in documents) / max(1, asking)
         self.prefixes = any(d.before for d in documents)
-        self._made: dict[tuple[int, bool], Tensor] = {}
+        self._among = [0, *accumulate(d.length * (d.behind > 0) for d in documents)]
+        self.prefix_tokens = self._among.pop()
+        self._made: dict[tuple[int, bool | None], Tensor] = {}
         self._positions: Tensor | None = None
 
     @property
@@ -101,25 +107,48 @@ class PackedBlocks:
     def of(self, size: int, *, keys: bool) -> Tensor:
         """(blocks, 6) int32: where the document's first query is or would be, the block's first row in the document, the
         document's length, where its first key is; then of queries' blocks the prefix's first key and length, of keys'
-        blocks the first query behind the document and their number."""
+        blocks the document's first row among the prefixes (-1: nothing goes on from it) and 0."""
         if (size, keys) not in self._made:
-            rows = np.concatenate([_rows(d, size, keys=keys) for d in self._documents])
-            # keys are seen by what follows, queries see what went before
-            work = rows[:, 2] - rows[:, 1] + rows[:, 5] if keys else rows[:, 1] + rows[:, 5]
+            if keys:
+                rows = np.concatenate(
+                    [
+                        _rows(d, size, at if d.behind else -1, 0)
+                        for d, at in zip(self._documents, self._among, strict=True)
+                    ]
+                )
+                work = rows[:, 2] - rows[:, 1]  # keys are seen by what follows
+            else:
+                rows = np.concatenate([_rows(d, size, d.prefix, d.before) for d in self._documents])
+                work = rows[:, 1] + rows[:, 5]  # queries see what went before
             self._made[size, keys] = self._upload(rows[np.argsort(-work, kind="stable")])
         return self._made[size, keys]
+
+    def prefix_keys(self, size: int) -> Tensor:
+        """(blocks, 6) int32 of the prefixes' keys: as `of`, but where the first query behind is, how many there are, and
+        the prefix's first row among the prefixes in the end."""
+        if (size, None) not in self._made:
+            rows = [
+                _rows(d, size, d.query + d.asking, d.behind, at)
+                for d, at in zip(self._documents, self._among, strict=True)
+                if d.behind
+            ]
+            self._made[size, None] = self._upload(np.concatenate(rows)[:, [0, 1, 2, 4, 5, 6]])
+        return self._made[size, None]
+
+    @property
+    def splits(self) -> int:
+        """Pieces in which the queries behind a prefix are walked; many keys are enough programs without."""
+        return max(1, min(-(-max(d.behind for d in self._documents) // BEHIND), SUMS // self.prefix_tokens))
 
     def _upload(self, values: np.ndarray) -> Tensor:
         host = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32))
         return host.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else host
 
 
-def _rows(d: Document, size: int, *, keys: bool) -> np.ndarray:
+def _rows(d: Document, size: int, *more: int) -> np.ndarray:
     earlier = d.length - d.asking
-    assert not (keys and earlier), "keys that no query of theirs is here for"
     firsts = np.arange(earlier, d.length, size)
-    other = (d.query + d.asking, d.behind) if keys else (d.prefix, d.before)
-    return np.stack(np.broadcast_arrays(d.query - earlier, firsts, d.length, d.key, *other), axis=1)
+    return np.stack(np.broadcast_arrays(d.query - earlier, firsts, d.length, d.key, *more), axis=1)
 
 
 def attend_packed(
@@ -165,11 +194,19 @@ def attend_packed_backward(
         scale, softcap or 1.0, HQ=heads, **constants, BM=own, BN=look, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     own, look, warps, stages = _tuning(q, blocks).key
-    work = blocks.of(own, keys=True)
-    positions = work if blocks.positions is None else blocks.positions
+    work, behind, splits = blocks.of(own, keys=True), lse, 0
+    common = (q.stride(0), k.stride(0), v.stride(0), dout.stride(0))
+    tuned = dict(constants, BN=own, BM=look, num_warps=warps, num_stages=stages)
+    if blocks.prefixes:
+        splits, prefix = blocks.splits, blocks.prefix_keys(own)
+        behind = torch.empty((splits, 2, blocks.prefix_tokens, *k.shape[1:]), dtype=torch.float32, device=k.device)
+        _backward_behind[(prefix.shape[0] * splits, k.shape[1])](
+            q, k, v, dout, lse, dots, behind, prefix, blocks.positions, n, splits, blocks.prefix_tokens, *common, scale,
+            softcap or 1.0, **{name: value for name, value in tuned.items() if name != "PREFIX"},
+        )  # fmt: skip
     _backward_keys[(work.shape[0], k.shape[1])](
-        q, k, v, dout, lse, dots, dk, dv, work, positions, n, q.stride(0), k.stride(0), v.stride(0), dout.stride(0),
-        dk.stride(0), dv.stride(0), scale, softcap or 1.0, **constants, BN=own, BM=look, num_warps=warps, num_stages=stages,
+        q, k, v, dout, lse, dots, dk, dv, behind, work, n, splits, blocks.prefix_tokens, *common, dk.stride(0),
+        dv.stride(0), scale, softcap or 1.0, **tuned,
     )  # fmt: skip
 
 
@@ -377,11 +414,10 @@ if triton is not None:
 
     @triton.jit
     def _keys_step(
-        dk, dv, k, v, Q, DO, LSE, DOTS, POSITIONS, keys, m0, length, q_row, do_row, scale, cap, D: tl.constexpr,
-        DB: tl.constexpr, BM: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr, BEHIND: tl.constexpr,
+        dk, dv, k, v, Q, DO, LSE, DOTS, keys, rows, at, length, q_row, do_row, scale, cap, D: tl.constexpr,
+        DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, MASK: tl.constexpr,
     ):  # fmt: skip
-        """Queries m0, m0 + 1, ... of the document, or of those that go on from it (BEHIND), which see all but for a window."""
-        rows = m0 + tl.arange(0, BM)
+        """Queries `rows` of a document or behind it, of `length` in all, whose positions in the document are `at`."""
         ok = rows < length
         q = _tile(Q, rows, q_row, ok, D, DB)
         do = _tile(DO, rows, do_row, ok, D, DB)
@@ -390,21 +426,57 @@ if triton is not None:
         s, slope = _scores(tl.dot(k, tl.trans(q)), scale, cap, CAP)  # (keys, queries)
         p = tl.exp2(s - lse[None, :])
         if MASK:
-            if BEHIND:
-                at = tl.load(POSITIONS + rows, mask=ok, other=0)
-                p = tl.where(keys[:, None] > at[None, :] - WINDOW, p, 0.0)
-            else:
-                p = tl.where(_sees(rows[None, :], keys[:, None], length, WINDOW), p, 0.0)
+            seen = keys[:, None] <= at[None, :]
+            if WINDOW > 0:
+                seen = seen & (keys[:, None] > at[None, :] - WINDOW)
+            p = tl.where(seen, p, 0.0)
         dv += tl.dot(p.to(do.dtype), do)
         ds = p * (tl.dot(v, tl.trans(do)) - dots[None, :]) * slope
         dk += tl.dot(ds.to(q.dtype), q)
         return dk, dv
 
-    @triton.jit(do_not_specialize=["N"])
-    def _backward_keys(
-        Q, K, V, DO, LSE, DOTS, DK, DV, WORK, POSITIONS, N, q_row, k_row, v_row, do_row, dk_row, dv_row, scale, cap,
-        G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PREFIX: tl.constexpr,
+    @triton.jit(do_not_specialize=["N", "splits", "prefix_tokens"])
+    def _backward_behind(
+        Q, K, V, DO, LSE, DOTS, BEHIND, WORK, POSITIONS, N, splits, prefix_tokens, q_row, k_row, v_row, do_row, scale, cap,
+        G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
         BN: tl.constexpr, BM: tl.constexpr,
+    ):  # fmt: skip
+        """What one piece of the queries behind a prefix gives to a block of the prefix's keys."""
+        block, piece, g = tl.program_id(0) // splits, tl.program_id(0) % splits, tl.program_id(1)
+        start = tl.load(WORK + 6 * block).to(tl.int64)
+        keys = tl.load(WORK + 6 * block + 1) + tl.arange(0, BN)
+        ok = keys < tl.load(WORK + 6 * block + 2)
+        behind = tl.load(WORK + 6 * block + 3).to(tl.int64)
+        count = tl.load(WORK + 6 * block + 4)
+        among = tl.load(WORK + 6 * block + 5)
+        k = _tile(K + start * k_row + g * D, keys, k_row, ok, D, DB)
+        v = _tile(V + start * v_row + g * D, keys, v_row, ok, D, DB)
+        dk = tl.zeros([BN, DB], tl.float32)
+        dv = tl.zeros([BN, DB], tl.float32)
+        size = tl.cdiv(tl.cdiv(count, splits), BM) * BM
+        stop = tl.minimum(count, (piece + 1) * size)
+        for i in range(G):
+            h = g * G + i
+            line = h.to(tl.int64) * N + behind
+            for m0 in range(piece * size, stop, BM):
+                rows = m0 + tl.arange(0, BM)
+                at = rows
+                if WINDOW > 0:
+                    at = tl.load(POSITIONS + behind + rows, mask=rows < stop, other=0)
+                dk, dv = _keys_step(
+                    dk, dv, k, v, Q + behind * q_row + h * D, DO + behind * do_row + h * D, LSE + line, DOTS + line, keys,
+                    rows, at, stop, q_row, do_row, scale, cap, D, DB, WINDOW, CAP, WINDOW > 0,
+                )  # fmt: skip
+        width = tl.num_programs(1) * D
+        to = BEHIND + (2 * piece * prefix_tokens + among).to(tl.int64) * width + g * D
+        _put(to, keys, width, ok, dk, D, DB)
+        _put(to + prefix_tokens.to(tl.int64) * width, keys, width, ok, dv, D, DB)
+
+    @triton.jit(do_not_specialize=["N", "splits", "prefix_tokens"])
+    def _backward_keys(
+        Q, K, V, DO, LSE, DOTS, DK, DV, BEHIND, WORK, N, splits, prefix_tokens, q_row, k_row, v_row, do_row, dk_row, dv_row,
+        scale, cap, G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+        PREFIX: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     ):  # fmt: skip
         block, g = tl.program_id(0), tl.program_id(1)
         start = tl.load(WORK + 6 * block).to(tl.int64)
@@ -416,6 +488,13 @@ if triton is not None:
         v = _tile(V + start * v_row + g * D, keys, v_row, ok, D, DB)
         dk = tl.zeros([BN, DB], tl.float32)
         dv = tl.zeros([BN, DB], tl.float32)
+        if PREFIX:
+            among = tl.load(WORK + 6 * block + 4)
+            width = tl.num_programs(1) * D
+            for piece in range(0, tl.where(among < 0, 0, splits)):
+                part = BEHIND + (2 * piece * prefix_tokens + among).to(tl.int64) * width + g * D
+                dk += _tile(part, keys, width, ok, D, DB)
+                dv += _tile(part + prefix_tokens.to(tl.int64) * width, keys, width, ok, D, DB)
         stop = length
         if WINDOW > 0:
             stop = tl.minimum(length, first + BN + WINDOW - 1)
@@ -423,25 +502,18 @@ if triton is not None:
         for i in range(G):
             h = g * G + i
             q, do = Q + start * q_row + h * D, DO + start * do_row + h * D
-            at = h.to(tl.int64) * N + start
+            line = h.to(tl.int64) * N + start
             for m0 in range(first, near, BM):
+                rows = m0 + tl.arange(0, BM)
                 dk, dv = _keys_step(
-                    dk, dv, k, v, q, do, LSE + at, DOTS + at, POSITIONS, keys, m0, length, q_row, do_row, scale, cap,
-                    D, DB, BM, WINDOW, CAP, True, False,
+                    dk, dv, k, v, q, do, LSE + line, DOTS + line, keys, rows, rows, length, q_row, do_row, scale, cap,
+                    D, DB, WINDOW, CAP, True,
                 )  # fmt: skip
             for m0 in range(first + BN, stop, BM):
+                rows = m0 + tl.arange(0, BM)
                 dk, dv = _keys_step(
-                    dk, dv, k, v, q, do, LSE + at, DOTS + at, POSITIONS, keys, m0, length, q_row, do_row, scale, cap,
-                    D, DB, BM, WINDOW, CAP, WINDOW > 0, False,
+                    dk, dv, k, v, q, do, LSE + line, DOTS + line, keys, rows, rows, length, q_row, do_row, scale, cap,
+                    D, DB, WINDOW, CAP, WINDOW > 0,
                 )  # fmt: skip
-            if PREFIX:
-                behind = tl.load(WORK + 6 * block + 4).to(tl.int64)
-                q, do = Q + behind * q_row + h * D, DO + behind * do_row + h * D
-                at = h.to(tl.int64) * N + behind
-                for m0 in range(0, tl.load(WORK + 6 * block + 5), BM):
-                    dk, dv = _keys_step(
-                        dk, dv, k, v, q, do, LSE + at, DOTS + at, POSITIONS + behind, keys, m0,
-                        tl.load(WORK + 6 * block + 5), q_row, do_row, scale, cap, D, DB, BM, WINDOW, CAP, WINDOW > 0, True,
-                    )  # fmt: skip
         _put(DK + start * dk_row + g * D, keys, dk_row, ok, dk * scale, D, DB)
         _put(DV + start * dv_row + g * D, keys, dv_row, ok, dv, D, DB)

@@ -29,11 +29,13 @@ def kinds(kernel, types: str) -> dict[str, str]:
 def attention_cases(capability, head_dim=128):
     chosen = attention.tuning(head_dim, capability, 500.0)
     wide = dict(HEADS, D=head_dim, DB=head_dim)
+    without_prefix = {name: value for name, value in wide.items() if name != "PREFIX"}
     f, q, k = chosen.forward, chosen.query, chosen.key
     return [
         (attention._forward, "hhhhwniiiirr", wide | dict(HQ=24, BM=f.own, BN=f.look), f),
         (attention._backward_queries, "hhhhhwwhniiiiiirr", wide | dict(HQ=24, BM=q.own, BN=q.look), q),
-        (attention._backward_keys, "hhhhwwhhnniiiiiiirr", wide | dict(BN=k.own, BM=k.look), k),
+        (attention._backward_keys, "hhhhwwhhwniiiiiiiiirr", wide | dict(BN=k.own, BM=k.look), k),
+        (attention._backward_behind, "hhhhwwwnniiiiiiirr", without_prefix | dict(BN=k.own, BM=k.look), k),
     ]
 
 
@@ -85,7 +87,13 @@ def test_attention_of_other_head_sizes_compiles_and_fits(capability, head_dim):
 
 def test_the_table_covers_every_kernel():
     files = (attention, head, lora, nf4, norm, rope, swiglu)
-    launched = {"_forward", "_backward_queries", "_backward_keys", *(case[0].__name__ for case in PLAIN)}
+    launched = {
+        "_forward",
+        "_backward_queries",
+        "_backward_keys",
+        "_backward_behind",
+        *(case[0].__name__ for case in PLAIN),
+    }
     defined = {name for file in files for name, value in vars(file).items() if isinstance(value, triton.JITFunction)}
     helpers = "_tile _put _scores _sees _own_span _prefix_span _forward_step _queries_step _keys_step _act _shape"
     helpers += " _normalise _turn _halves _weights_of _rotate_heads _rotate_heads_back _copy_heads _nf4_block"

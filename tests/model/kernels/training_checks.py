@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from local_tinker.model.attention import VarlenCausal, attend_reference, attention_kernel
-from local_tinker.model.kernels import head, lora, nf4, norm, rope, serves, swiglu, triton
+from local_tinker.model.kernels import attention, head, lora, nf4, norm, rope, serves, swiglu, triton
 from local_tinker.model.kernels.rope import HeadLayout
 from local_tinker.model.linear import NF4Weight
 
@@ -187,9 +187,10 @@ def whole(parts, edges, prefixes):
 
 
 @pytest.mark.parametrize("case", ["grouped", "window", "cap", "wide window"])
-@pytest.mark.parametrize("prefix", [1, 64, 75])
-def test_attention_of_documents_that_go_on_from_a_prefix(case, prefix):
+@pytest.mark.parametrize(("prefix", "walked"), [(1, 1024), (64, 40), (75, 17)])
+def test_attention_of_documents_that_go_on_from_a_prefix(monkeypatch, case, prefix, walked):
     """A whole document, then a prefix with three documents behind it, then one with a single one behind it."""
+    monkeypatch.setattr(attention, "BEHIND", walked)
     window, softcap = {"window": 37, "wide window": 90}.get(case), (4.0 if case == "cap" else None)
     edges, prefixes = [0], [None, None, 1, 1, 1, None, 5]
     for length in (20, prefix, 70, 1, 33, 12, 9):
@@ -197,6 +198,7 @@ def test_attention_of_documents_that_go_on_from_a_prefix(case, prefix):
     n, options = edges[-1], dict(scale=0.4, window=window, softcap=softcap)
     packed, dout = (draw(n, 4, 16), draw(n, 2, 16, seed=1), draw(n, 2, 16, seed=2)), draw(n, 4, 16, seed=3)
     attend = VarlenCausal(edges, DEVICE, prefixes=prefixes)
+    assert attend.blocks.splits == -(-104 // walked)
     out, kept = attend.forward(*packed, **options)
     into = tuple(torch.full_like(t, 7.0) for t in packed)
     attend.backward(dout, *packed, out, kept, **options, into=into)
