@@ -71,6 +71,34 @@ def training(model: str, steps: int) -> dict:
     }
 
 
+def group_update(model: str, *, prompt: int, new: int, samples: int = 8, rounds: int) -> dict:
+    """Seconds of a GRPO update of one group, its prompt computed once and, for comparison, for every completion."""
+    from local_tinker import Rollout, ServiceClient
+    from local_tinker.engine import micro_batch
+
+    with ServiceClient(device="cpu", quiet=True) as service:
+        trainer = service.create_lora_training_client(model, rank=16, dtype="float32")
+        asked = tuple(10 + at % 200 for at in range(prompt))
+        group = [
+            Rollout(asked, tuple(10 + (i + at) % 200 for at in range(new)), (True,) * new, (-3.0,) * new, "stop", "any")
+            for i in range(samples)
+        ]
+        rewards = [[float(i % 3) for i in range(samples)]]
+        times: dict[str, list[float]] = {"prompt_once": [], "prompt_repeated": []}
+        least = micro_batch.LEAST_HEAD
+        try:
+            for turn in range(2 * rounds + 2):
+                name, micro_batch.LEAST_HEAD = [("prompt_once", least), ("prompt_repeated", 10**9)][turn % 2]
+                start = time.perf_counter()
+                float(trainer.forward_backward([group], rewards, loss_fn="grpo"))
+                trainer.optim_step(learning_rate=1e-5)
+                times[name].append(time.perf_counter() - start)
+        finally:
+            micro_batch.LEAST_HEAD = least
+    medians = {name: round(statistics.median(found[1:]), 2) for name, found in times.items()}  # the first is warming up
+    return {"prompt": prompt, "new": new, "samples": samples, **medians}
+
+
 def sampling(model: str, *, batches: tuple[int, ...], prompt: int, new: int, rounds: int, threads: int = 2) -> dict:
     """Greedy tokens a second beside transformers' generate: fp32, distinct prompts of one length, the same tokens from
     both. The sides take turns and the median of each counts; `first_s` is a call for one new token."""
@@ -135,6 +163,10 @@ def main() -> None:
     options = parser.parse_args()
     figures = {name: round(wall(arguments, options.runs), 3) for name, arguments in COMMANDS.items()}
     figures |= training(options.tiny or "smollm2-135m", options.steps)
+    tiny = {"prompt": 40, "new": 4, "rounds": 1}
+    figures["group_update"] = group_update(
+        options.tiny or "smollm2-135m", **(tiny if options.tiny else {"prompt": 128, "new": 64, "rounds": 3})
+    )
     size = (
         dict(batches=(1, 8), prompt=8, new=4, rounds=1)
         if options.tiny

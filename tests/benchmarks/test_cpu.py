@@ -17,3 +17,12 @@ def test_both_sides_give_the_same_tokens_and_rates_come_from_medians(tiny_model,
     monkeypatch.setattr(cpu.time, "perf_counter", lambda: next(clock))
     timed = cpu._alternately({"ours": lambda new: [[0] * new] * 3}, 8, 3)
     assert timed == {"ours": {"tok_s": pytest.approx(3 * 8 / 2), "first_s": 1.0}}
+
+
+def test_the_update_of_a_group_is_timed_with_its_prompt_once_and_repeated(tiny_model):
+    from local_tinker.engine import micro_batch
+
+    least = micro_batch.LEAST_HEAD
+    found = cpu.group_update(str(tiny_model), prompt=60, new=3, rounds=1)
+    assert micro_batch.LEAST_HEAD == least and found["samples"] == 8
+    assert 0 < found["prompt_once"] and 0 < found["prompt_repeated"]
