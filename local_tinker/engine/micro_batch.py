@@ -1,8 +1,9 @@
 """The documents of a call -> micro-batches under a token budget, each as the tensors that a pass reads.
 
 What stands before the first token that a loss reads is a document's head: a prompt but for its last token. Documents with
-the same head (the completions of a group, both answers of a preference pair) go into one micro-batch, where the head is
-computed once and its keys are read by all of them: the same sums as from repeated heads, for fewer tokens.
+the same head (the completions of a group, both answers of a preference pair), or whose heads begin alike (a system
+prompt), go into one micro-batch, where what they share is computed once and its keys are read by all of them: the same
+sums as from repeated tokens, for fewer.
 
 Shapes: N packed tokens of a micro-batch, M of them with a loss, K targets a token.
 """
@@ -10,7 +11,7 @@ Shapes: N packed tokens of a micro-batch, M of them with a loss, K targets a tok
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,38 +75,34 @@ def blank(tokens: int) -> Datum:
 # -- cutting -----------------------------------------------------------------------------------------------------------
 
 
-def cut(units: Sequence[Unit], spec: LossSpec, *, budget: int, share: bool) -> list[list[int]]:
-    """Units -> micro-batches of at most `budget` tokens, longest first; a unit is never cut.
-
-    Args:
-        share: heads are computed once, so units with the same head go together and count it once.
-    """
-    if not share:
-        return pack([[datum.length for datum in unit] for unit in units], budget=budget)
-    bundles, sizes = [], []
-    for head, members in _by_head(units, spec).items():
-        lengths = [[datum.length - _length(head) for datum in units[unit]] for unit in members]
-        for chosen in pack(lengths, budget=max(1, budget - _length(head))):
-            bundles.append([members[at] for at in chosen])
-            sizes.append([_length(head) + sum(sum(lengths[at]) for at in chosen)])
-    return [[unit for at in chosen for unit in bundles[at]] for chosen in pack(sizes, budget=budget)]
+Head = tuple[int, ...]
+Heads = Sequence[Sequence[Head | None]]  # of each datum of each unit
 
 
-def _by_head(units: Sequence[Unit], spec: LossSpec) -> dict[Hashable, list[int]]:
-    """Head -> the units all of whose datums have it; a unit that shares nothing is alone under its number."""
-    heads = [{_head(datum, _rows(datum, spec)) for datum in unit} for unit in units]
-    counts = Counter(
-        next(iter(found)) for unit, found in zip(units, heads, strict=True) if len(found) == 1 for _ in unit
-    )
-    found: dict[Hashable, list[int]] = {}
-    for unit, own in enumerate(heads):
-        head = next(iter(own))
-        found.setdefault(head if len(own) == 1 and head and counts[head] > 1 else unit, []).append(unit)
-    return found
+def shared_heads(units: Sequence[Unit], spec: LossSpec) -> Heads:
+    """Of every datum the tokens that it shares: its whole head where another has the same, else what the heads of others
+    that nobody has twice begin with as well; None where that is shorter than LEAST_HEAD."""
+    own = [[_head(datum, _rows(datum, spec)) for datum in unit] for unit in units]
+    counts = Counter(head for heads in own for head in heads)
+    alike: dict[Head, list[Head]] = {}
+    for head, count in counts.items():
+        if head is not None and count == 1:
+            alike.setdefault(head[:LEAST_HEAD], []).append(head)
+    shared = {head: _common(cluster) for cluster in alike.values() if len(cluster) > 1 for head in cluster}
+    return [[head if counts[head] > 1 else shared.get(head) for head in heads] for heads in own]
 
 
-def _length(head: Hashable) -> int:
-    return len(head) if isinstance(head, tuple) else 0
+def _common(heads: Sequence[Head]) -> Head:
+    """What all begin with."""
+    first, last = min(heads), max(heads)  # in order: these differ the earliest
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[:length]
+
+
+def _head(datum: Datum, rows: np.ndarray) -> Head | None:
+    """The tokens before the first row, where they are worth sharing."""
+    first = int(rows[0]) if len(rows) else 0
+    return tuple(datum.model_input.to_ints()[:first]) if first >= LEAST_HEAD else None
 
 
 def _rows(datum: Datum, spec: LossSpec) -> np.ndarray:
@@ -116,10 +113,25 @@ def _rows(datum: Datum, spec: LossSpec) -> np.ndarray:
     return np.flatnonzero(weights if weights.ndim == 1 else (weights != 0).any(axis=1))
 
 
-def _head(datum: Datum, rows: np.ndarray) -> tuple[int, ...] | None:
-    """The tokens before the first row, where they are worth sharing."""
-    first = int(rows[0]) if len(rows) else 0
-    return tuple(datum.model_input.to_ints()[:first]) if first >= LEAST_HEAD else None
+def cut(units: Sequence[Unit], *, budget: int, heads: Heads | None = None) -> list[list[int]]:
+    """Units -> micro-batches of at most `budget` tokens, longest first; a unit is never cut.
+
+    Args:
+        heads: `shared_heads` of the units, which go together by them and count them once; None: nothing is shared.
+    """
+    if heads is None:
+        return pack([[datum.length for datum in unit] for unit in units], budget=budget)
+    together: dict[Head | int, list[int]] = {}
+    for unit, own in enumerate(heads):
+        together.setdefault(own[0] if own[0] is not None and len(set(own)) == 1 else unit, []).append(unit)
+    bundles, sizes = [], []
+    for head, members in together.items():
+        once = len(head) if isinstance(head, tuple) else 0
+        lengths = [[datum.length - once for datum in units[unit]] for unit in members]
+        for chosen in pack(lengths, budget=max(1, budget - once)):
+            bundles.append([members[at] for at in chosen])
+            sizes.append([once + sum(sum(lengths[at]) for at in chosen)])
+    return [[unit for at in chosen for unit in bundles[at]] for chosen in pack(sizes, budget=budget)]
 
 
 # -- packing -----------------------------------------------------------------------------------------------------------
@@ -137,14 +149,21 @@ class _Document:
 
 
 def micro_batch(
-    units: Sequence[Unit], chosen: Sequence[int], spec: LossSpec, *, device: torch.device, share: bool
+    units: Sequence[Unit],
+    chosen: Sequence[int],
+    spec: LossSpec,
+    *,
+    device: torch.device,
+    heads: Heads | None = None,
 ) -> MicroBatch:
-    """Concatenate the chosen units' datums; the host knows all lengths and rows, so nothing waits for the device."""
+    """Concatenate the chosen units' datums behind the heads they share; the host knows all lengths and rows, so nothing
+    waits for the device."""
     first = np.cumsum([0, *(len(unit) for unit in units)])
     index = [int(first[u]) + i for u in chosen for i in range(len(units[u]))]
     datums = [datum for u in chosen for datum in units[u]]
     spans = [_rows(datum, spec) for datum in datums]
-    documents = _documents(datums, spans, share=share)
+    shared = [None] * len(datums) if heads is None else [head for u in chosen for head in heads[u]]
+    documents = _documents(datums, shared)
     edges = np.cumsum([0, *(len(d.tokens) for d in documents)])
     # The rows in the order of the documents: increasing, as a pass wants them.
     placed = [
@@ -176,17 +195,16 @@ def micro_batch(
     )
 
 
-def _documents(datums: Sequence[Datum], spans: Sequence[np.ndarray], *, share: bool) -> list[_Document]:
+def _documents(datums: Sequence[Datum], heads: Sequence[Head | None]) -> list[_Document]:
     """Datums with the same head one after the other behind it, all others whole, in the order of their first."""
-    heads = [_head(datum, span) if share else None for datum, span in zip(datums, spans, strict=True)]
-    counts, found = Counter(heads), {}
+    counts, together = Counter(heads), {}
     for at, head in enumerate(heads):
-        found.setdefault(at if head is None or counts[head] == 1 else head, []).append(at)
+        together.setdefault(at if head is None or counts[head] == 1 else head, []).append(at)
     documents: list[_Document] = []
-    for head, members in found.items():
-        start, prefix = _length(head), None
-        if start:
-            prefix = len(documents)
+    for head, members in together.items():
+        start, prefix = 0, None
+        if isinstance(head, tuple):
+            start, prefix = len(head), len(documents)
             documents.append(_Document(np.array(head, np.int64), 0, None, None))
         for at in members:
             tokens = np.asarray(datums[at].model_input.to_ints(), np.int64)

@@ -26,7 +26,7 @@ from ..types import AdamParams, LossResult, StepResult
 from .base import LossCall, Scores, Unit
 from .footprint import Choice
 from .interrupts import finish_first
-from .micro_batch import MicroBatch, blank, cut, micro_batch
+from .micro_batch import MicroBatch, blank, cut, micro_batch, shared_heads
 from .optimiser import SUMS, FlatAdamW, GradientWindow, WindowBackup, clip
 from .planning import Budget
 from .step import Gradients, Outcome, Weights, loss_terms, per_datum, record, run_forward
@@ -264,9 +264,9 @@ class Trainer:
 
     def _micro_batches(self, units: Sequence[Unit], spec: LossSpec, *, share: bool) -> Iterator[MicroBatch]:
         """Heads are shared where the road can, and where no dropout draws a mask for each datum."""
-        share = share and self.model.fast is not None
-        for chosen in cut(units, spec, budget=self.budget.micro_batch_tokens, share=share):
-            yield micro_batch(units, chosen, spec, device=self.model.device, share=share)
+        heads = shared_heads(units, spec) if share and self.model.fast is not None else None
+        for chosen in cut(units, budget=self.budget.micro_batch_tokens, heads=heads):
+            yield micro_batch(units, chosen, spec, device=self.model.device, heads=heads)
 
     def reference_weights(self) -> Weights:
         """The base with this adapter's tensors at scale 0, so the same kernels run; or the adapter training started from."""

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from local_tinker import Datum, ModelInput
 from local_tinker.engine import micro_batch as rooms
-from local_tinker.engine.micro_batch import cut, micro_batch
+from local_tinker.engine.micro_batch import cut, micro_batch, shared_heads
 from local_tinker.losses import LOSSES
 from local_tinker.model.levels import LEVELS
 from tests.test_training import gradient, inner, relative, warm
 
+CPU = torch.device("cpu")
 SFT = LOSSES["sft"]
 PROMPTS = ["the quick brown fox jumps over", "What is one plus two, and three?"]
 
@@ -45,7 +46,7 @@ def client(service, tiny_model):
 @pytest.mark.usefixtures("short_heads")
 def test_datums_with_the_same_head_stand_behind_it():
     units = [(datum([1, 2, 3, 4], 2),), (datum([7, 8], 1),), (datum([1, 2, 5], 2),), (datum([1, 2, 9, 9], 3),)]
-    micro = micro_batch(units, [0, 1, 2, 3], SFT, device=torch.device("cpu"), share=True)
+    micro = micro_batch(units, [0, 1, 2, 3], SFT, device=CPU, heads=shared_heads(units, SFT))
     assert micro.tokens.tolist() == [1, 2, 3, 4, 5, 7, 8, 1, 2, 9, 9]  # the last has another head, of three
     assert micro.positions.tolist() == [0, 1, 2, 3, 2, 0, 1, 0, 1, 2, 3]
     assert [(d.query, d.length, d.prefix, d.before, d.behind) for d in micro.attend.documents] == [
@@ -56,14 +57,26 @@ def test_datums_with_the_same_head_stand_behind_it():
     assert micro.segments.tolist() == [0, 0, 1, 2, 3]
     assert micro.datums == (0, 2, 1, 3) and micro.lengths == (4, 3, 2, 4)
     assert [span.tolist() for span in micro.layout.spans] == [[2, 3], [2], [1], [3]]
-    whole = micro_batch(units, [0, 1, 2, 3], SFT, device=torch.device("cpu"), share=False)
+    whole = micro_batch(units, [0, 1, 2, 3], SFT, device=CPU)
     assert whole.tokens.shape[0] == 13 and whole.datums == (0, 1, 2, 3)
+
+
+def test_a_head_is_shared_whole_with_its_like_and_else_as_far_as_others_begin_alike():
+    system, other = list(range(40)), list(range(100, 140))
+    prompts = [system + [50, 51], system + [50, 52], system + [60], system + [60], other, system[:20] + [70] * 20]
+    units = [(datum([*prompt, 9, 9], len(prompt)),) for prompt in prompts]
+    assert shared_heads(units, SFT) == [
+        [(*system, 50)], [(*system, 50)], [(*system, 60)], [(*system, 60)], [None], [None],
+    ]  # fmt: skip
+    micro = micro_batch(units, range(6), SFT, device=CPU, heads=shared_heads(units, SFT))
+    assert [d.before for d in micro.attend.documents] == [0, 41, 41, 0, 41, 41, 0, 0]
+    assert micro.positions[41:44].tolist() == [41, 42, 43] and micro.rows[:2].tolist() == [42, 43]
 
 
 @pytest.mark.usefixtures("short_heads")
 def test_pairs_are_named_by_where_their_datums_went():
-    first, second = [datum([1, 2, last], 2) for last in (3, 4)], [datum([5, 6, 7], 1), datum([1, 2, 8], 2)]
-    micro = micro_batch([tuple(first), tuple(second)], [0, 1], SFT, device=torch.device("cpu"), share=True)
+    units = [tuple(datum([1, 2, last], 2) for last in (3, 4)), (datum([5, 6, 7], 1), datum([1, 2, 8], 2))]
+    micro = micro_batch(units, [0, 1], SFT, device=CPU, heads=shared_heads(units, SFT))
     assert micro.datums == (0, 1, 3, 2) and micro.pairs.tolist() == [[0, 1], [3, 2]]
 
 
@@ -81,8 +94,8 @@ def test_every_unit_is_in_one_micro_batch_and_each_keeps_to_the_budget(drawn, bu
     units = [tuple(datum(head + list(range(50, 50 + rest)), len(head)) for head, rest in unit) for unit in drawn]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rooms, "LEAST_HEAD", 20)
-        found = cut(units, SFT, budget=budget, share=True)
-        sizes = [len(micro_batch(units, c, SFT, device=torch.device("cpu"), share=True).tokens) for c in found]
+        found = cut(units, budget=budget, heads=shared_heads(units, SFT))
+        sizes = [len(micro_batch(units, c, SFT, device=CPU, heads=shared_heads(units, SFT)).tokens) for c in found]
     assert sorted(u for chosen in found for u in chosen) == list(range(len(units)))
     assert all(size <= budget or len(chosen) == 1 for size, chosen in zip(sizes, found, strict=True))
     assert sum(sizes) <= sum(d.length for u in units for d in u)
@@ -90,9 +103,10 @@ def test_every_unit_is_in_one_micro_batch_and_each_keeps_to_the_budget(drawn, bu
 
 def test_a_group_larger_than_a_micro_batch_is_cut_evenly_and_its_head_repeated():
     units = [(datum([1] * 40 + [2] * 10, 40),) for _ in range(8)]
-    assert sorted(map(len, cut(units, SFT, budget=100, share=True))) == [4, 4]
-    assert len(cut(units, SFT, budget=120, share=True)) == 1
-    assert sorted(map(len, cut(units, SFT, budget=100, share=False))) == [2, 2, 2, 2]
+    heads = shared_heads(units, SFT)
+    assert sorted(map(len, cut(units, budget=100, heads=heads))) == [4, 4]
+    assert len(cut(units, budget=120, heads=heads)) == 1
+    assert sorted(map(len, cut(units, budget=100))) == [2, 2, 2, 2]
 
 
 # -- the same numbers ----------------------------------------------------------------------------------------------------
@@ -103,7 +117,8 @@ def batches(trainer, loss):
     if loss == "dpo":
         return [{"prompt": p, "chosen": f" {a}", "rejected": f" {b}"} for p in PROMPTS for a, b in ("xy", "zw")], ()
     if loss == "sft":
-        return [{"prompt": p, "completion": f" {a}"} for p in PROMPTS for a in ("xyz", "zw")], ()
+        system = "user assistant system. " * 3
+        return [{"prompt": f"{system}{p}{a}", "completion": f" {a}"} for p in PROMPTS for a in ("xyz", "zw")], ()
     sampler = trainer.save_weights_and_get_sampling_client()
     groups = sampler.sample_batch(PROMPTS, n=3, max_tokens=7, seed=3, stop=[])
     if loss == "grpo":
@@ -134,7 +149,7 @@ def run(trainer, loss, patch, least, **plan):
 
 
 @pytest.mark.parametrize("loss", ["sft", "dpo", "grpo", "ppo"])
-@pytest.mark.parametrize("budget", [None, 40])
+@pytest.mark.parametrize("budget", [None, 100])
 def test_sharing_heads_changes_no_gradient_and_no_log_prob(client, monkeypatch, loss, budget):
     (shared, ours, few), (whole, theirs, many) = (
         run(client(micro_batch_tokens=budget), loss, monkeypatch, least) for least in (2, 10**6)
