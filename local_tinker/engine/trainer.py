@@ -264,7 +264,10 @@ class Trainer:
 
     def _micro_batches(self, units: Sequence[Unit], spec: LossSpec, *, share: bool) -> Iterator[MicroBatch]:
         """Heads are shared where the road can, and where no dropout draws a mask for each datum."""
-        heads = shared_heads(units, spec) if share and self.model.fast is not None else None
+        longest = max((datum.length for unit in units for datum in unit), default=0)
+        # Where a text's length decides how it is rotated, a longer one cannot share with others.
+        share = share and self.model.fast is not None and longest <= self.model.cached_positions
+        heads = shared_heads(units, spec) if share else None
         for chosen in cut(units, budget=self.budget.micro_batch_tokens, heads=heads):
             yield micro_batch(units, chosen, spec, device=self.model.device, heads=heads)
 

@@ -192,3 +192,22 @@ def test_the_plain_road_takes_whole_documents(tiny_model, monkeypatch):
     trainer = service.create_lora_training_client(str(tiny_model), rank=4, quantize=None, dtype="float32", seed=1)
     shared, whole = (run(trainer, "grpo", monkeypatch, least) for least in (2, 10**6))
     assert torch.equal(shared[0], whole[0]) and shared[2] == whole[2]
+
+
+def test_texts_whose_length_decides_their_rotation_share_nothing(service, tmp_path, monkeypatch):
+    from tests import tiny
+    from tests.model.families import LONGROPE
+
+    changes = {"num_attention_heads": 8, "original_max_position_embeddings": 24}
+    rope = LONGROPE | {"original_max_position_embeddings": 24}
+    folder = tiny.save(tmp_path / "phi3", "phi3", rope_parameters=rope, **changes)
+    trainer = service.create_lora_training_client(str(folder), rank=4, quantize=None, dtype="float32", seed=1)
+    limit = inner(trainer).model.cached_positions
+    rows = [datum(list(range(10, 10 + limit - 3)) + [7, last], limit - 3) for last in (8, 9)]
+    longer = [*rows, datum(list(range(10, 10 + limit + 1)), limit - 3)]
+    tokens = []
+    monkeypatch.setattr(rooms, "LEAST_HEAD", 2)
+    for batch in (rows, longer):
+        (micro,) = inner(trainer)._micro_batches([(d,) for d in batch], SFT, share=True)
+        tokens.append(len(micro.tokens) - sum(d.length for d in batch))
+    assert tokens == [-(limit - 3), 0]
