@@ -80,7 +80,12 @@ class Workspace:
         return self.cache.nbytes
 
     def forget_steps(self) -> None:
-        """Captured steps hold addresses that are no longer true."""
+        """Captured steps hold addresses that are no longer true.
+
+        They may still be running, and what they work in is unmapped once the stream that recorded them is done.
+        """
+        if self._graphs:
+            _capture_stream(self.device).wait_stream(torch.cuda.current_stream(self.device))
         self._graphs.clear()
         self._views.clear()
         self._pool = None

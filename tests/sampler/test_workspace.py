@@ -77,6 +77,17 @@ def test_all_captures_run_on_one_stream_and_leave_the_rows_as_they_were(card, mo
     assert work.rows.state.alive.all() and int(work.out.at) == 0
 
 
+def test_steps_that_still_run_are_done_before_the_stream_that_recorded_them(card, monkeypatch):
+    work, log, _ = card
+    monkeypatch.setattr(Graph, "replay", lambda self: None, raising=False)
+    steps_that(monkeypatch, None, None)
+    work.forget_steps()
+    assert log == []  # nothing was recorded
+    work._captured(kind(2))
+    work.forget_steps()
+    assert log[-2:] == ["main waits for side 0", "side 0 waits for main"]
+
+
 @pytest.mark.parametrize("good", [0, 1])
 def test_what_a_failed_capture_worked_on_is_freed_after_its_stream_is_done(card, monkeypatch, good):
     work, log, _ = card
