@@ -1,6 +1,7 @@
 """The training client on a tiny model: exact accumulation, any cut, atomic failure, all batch forms."""
 
 import signal
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from local_tinker import AdamParams, Datum, ModelInput
 from local_tinker.errors import DatasetError, StateError, UsageError
+from local_tinker.model.road import FastRoad
 
 ROWS = [
     {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
@@ -116,6 +118,23 @@ def test_any_cut_into_micro_batches_changes_nothing_but_rounding(client, budget)
     for x, y in zip(a.logprobs, b.logprobs, strict=True):
         assert np.allclose(x, y, atol=1e-5)
     assert b.metrics.keys() == a.metrics.keys()
+
+
+@pytest.mark.parametrize("loss", ["sft", "dpo"])
+def test_nothing_of_a_micro_batch_is_alive_beside_the_next_one(client, monkeypatch, loss):
+    trainer, made, beside = client(micro_batch_tokens=64), [], []
+    real = FastRoad.embed
+
+    def embed(self, tokens):
+        beside.append(sum(ref() is not None for ref in made))
+        h = real(self, tokens)
+        made.append(weakref.ref(h))
+        return h
+
+    monkeypatch.setattr(FastRoad, "embed", embed)
+    pairs = [{"prompt": f"the fox {i}", "chosen": " jumps over", "rejected": " 0123"} for i in range(9)]
+    trainer.forward_backward(pairs if loss == "dpo" else ROWS, loss_fn=loss)
+    assert len(beside) > 2 and not any(beside)
 
 
 def test_recomputed_layers_give_the_same_gradient(client):

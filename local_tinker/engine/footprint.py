@@ -259,6 +259,11 @@ def moment_bytes(dims: ModelDims, settings: TrainSettings) -> int:
 
 def host_bytes(dims: ModelDims, settings: TrainSettings, choice: Choice) -> int:
     """Pinned host memory of a choice: parked moments and the inputs of offloaded layers."""
-    parked = moment_bytes(dims, settings) if choice.parked_moments else 0
-    offloaded = choice.levels.count("offload") * choice.tokens * settings.compute_bytes * dims.hidden
+    parked = 2 * _pinned_block(moment_bytes(dims, settings) // 2) if choice.parked_moments else 0
+    offloaded = choice.levels.count("offload") * _pinned_block(choice.tokens * settings.compute_bytes * dims.hidden)
     return parked + offloaded
+
+
+def _pinned_block(size: int) -> int:
+    """What torch's allocator of pinned memory takes for a tensor of `size` bytes: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0

@@ -133,7 +133,7 @@ class FlatAdamW:
         self.master = master
         self.count = torch.zeros((), dtype=torch.float32, device=master.device)  # steps applied, for bias correction
         self.parked = parked
-        self._m, self._v = self._home(None), self._home(None)
+        self._m, self._v = self._home(None, parked), self._home(None, parked)
         self._written: torch.cuda.Event | None = None  # parked moments are on the host again
 
     @property
@@ -152,12 +152,13 @@ class FlatAdamW:
         """Move the moments to the host or back."""
         if parked != self.parked:
             self._settle()
+            # without room for both everything stays where it was
+            self._m, self._v = self._home(self._m, parked), self._home(self._v, parked)
             self.parked = parked
-            self._m, self._v = self._home(self._m), self._home(self._v)
 
-    def _home(self, moment: Tensor | None) -> Tensor:
-        device = torch.device("cpu") if self.parked else self.master.device
-        pinned = self.parked and self.master.is_cuda
+    def _home(self, moment: Tensor | None, parked: bool) -> Tensor:
+        device = torch.device("cpu") if parked else self.master.device
+        pinned = parked and self.master.is_cuda
         home = torch.empty(self.master.shape, dtype=self.master.dtype, device=device, pin_memory=pinned)
         return home.zero_() if moment is None else home.copy_(moment)
 

@@ -208,6 +208,7 @@ class Trainer:
             terms = loss_terms(spec, out, micro, call.options)
             terms.total.backward()
             record(outcome, micro, out, terms)
+            del out, terms  # their graph holds the embedded tokens, beside the next micro-batch
         self.calls += 1
         for window in [self.window] if value is None else [self.window, value.window]:
             window.add_weight(key, outcome.weight)

@@ -157,8 +157,12 @@ class DecoderPass:
         pending, self._count = None, h.shape[0]
         flow = [h, pending]  # a layer takes what it is given out of here, so that nothing holds it longer
         del h
-        for index in range(self.spec.layers):
-            flow += self._layer(index, flow)
+        try:
+            for index in range(self.spec.layers):
+                flow += self._layer(index, flow)
+        except BaseException:
+            self._join_copies()
+            raise
         h, pending = flow
         if self.rows is not None:
             h, pending = h.index_select(0, self.rows), pending.index_select(0, self.rows)
@@ -284,6 +288,12 @@ class DecoderPass:
             self._stream = torch.cuda.Stream(h.device)
         return Parked(h, self._stream)
 
+    def _join_copies(self) -> None:
+        """An abandoned pass frees memory that copies still read or write. The allocator waits for the stream that computes
+        before it unmaps any, not for theirs."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.final_norm.device).wait_stream(self._stream)
+
     # -- from residual to input and back -----------------------------------------------------------------------------
 
     def _enter(
@@ -354,8 +364,7 @@ class DecoderPass:
                     self._kept[-1].h.fetch()
                 self._layer_backward(index, kept, wide, last=index == first)
         finally:
-            if self._stream is not None:
-                torch.cuda.current_stream(grad.device).wait_stream(self._stream)
+            self._join_copies()
             self._kept.clear()
 
     def _adapted(self, layer: LayerWeights) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from ..out_of_memory import until_it_fits
 from .forward import Forward, Head, Road
 from .group import PAGE, Group, pages_for
 from .grouping import build_groups, check_ids
+from .rows import upload
 from .run import FIXED_ROWS
 from .running import ADVICE, Running
 from .scheduler import PagePool, Piece, Scheduler
@@ -22,6 +24,7 @@ from .sequence import Delta, Finished, Request
 from .workspace import Workspace
 
 HEAD_ROWS = 256  # rows of full logits at a time when a prompt is scored
+SEEN_BYTES = 2**29  # keys and values of a layer that are gathered for a forward over contexts that go on
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class SamplerEngine:
         self.forward = Forward(road, head, head_path=head_path, group=(heads or kv_heads) // kv_heads, fused=fused)
         self._vocab_size = vocab_size
         self._cache_shape = dict(layers=layers, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, device=device)
+        self._token_bytes = 2 * kv_heads * head_dim * dtype.itemsize  # of a layer
         self._device = torch.device(device)
         self._max_rows, self._max_positions, self.prefill_chunk = max_rows, max_positions, prefill_chunk
         self.token_budget = token_budget
@@ -132,6 +136,7 @@ class SamplerEngine:
             budget=self.token_budget,
             max_rows=rows,
             prefill_chunk=self.prefill_chunk,
+            seen_most=SEEN_BYTES // self._token_bytes,
             admit_at=max(1, rows // 16) if on_card else 1,
             alone=deterministic,
         )
@@ -218,7 +223,7 @@ class SamplerEngine:
             hidden = self.forward.context([Piece(group, start, stop)], work.cache)
         else:
             hidden = self.forward.texts([prompt], work.device)
-        targets = torch.tensor(prompt[start + 1 : stop + 1], device=hidden.device)
+        targets = upload(np.array(prompt[start + 1 : stop + 1], np.int64), hidden.device)
         parts = [
             torch.log_softmax(self.forward.logits(hidden[: len(targets)][i : i + HEAD_ROWS]), -1)
             .gather(1, targets[i : i + HEAD_ROWS, None])

@@ -105,8 +105,8 @@ class Forward:
         """Hidden states (N, H) of whole texts, without a cache: right for any model, slow for long ones."""
         edges = [0, *accumulate(map(len, texts))]
         return self._road.hidden(
-            torch.tensor([token for text in texts for token in text], device=device),
-            positions=torch.cat([torch.arange(len(text), device=device) for text in texts]),
+            upload(np.array([token for text in texts for token in text]), device),
+            positions=upload(np.concatenate([np.arange(len(text)) for text in texts]), device),
             attend=VarlenCausal(edges, device),
             pairs=self._body,
             scale=self._scale,

@@ -55,6 +55,28 @@ class KVCache:
                 stored[layer] = new
         return True
 
+    def lines(self, page: Tensor, place: Tensor) -> Tensor:
+        """Page numbers and places within them (T,) -> (T * Hkv,), where a token's heads stand one after the other among
+        the lines (pages * Hkv * PAGE, D) of a layer.
+
+        Read and written as `keys[page, :, place]`, a layer's storage would be turned over, and written so where torch may
+        use deterministic kernels alone, it is copied whole, there and back.
+        """
+        heads = self.keys[0].shape[1]
+        return ((page[:, None] * heads + torch.arange(heads, device=page.device)) * PAGE + place[:, None]).flatten()
+
+    def put(self, layer: int, lines: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k and v (T, Hkv, D)."""
+        for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
+            width = stored.shape[-1]
+            stored.view(-1, width).index_copy_(0, lines, new.to(stored.dtype).reshape(-1, width))
+
+    def take(self, layer: int, lines: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v (T, Hkv, D)."""
+        _, heads, _, width = self.keys[layer].shape
+        keys, values = (stored[layer].view(-1, width).index_select(0, lines) for stored in (self.keys, self.values))
+        return keys.view(-1, heads, width), values.view(-1, heads, width)
+
     def free(self) -> None:
         for stored in (self.keys, self.values):
             for layer, old in enumerate(stored):
@@ -72,23 +94,19 @@ class PromptAttend:
 
     def __init__(self, cache: KVCache, pieces: Sequence[Piece]) -> None:
         self._cache = cache
-        self._write = _joined([places(p.owner.pages, p.start, p.stop) for p in pieces], cache.device)
+        self._write = _joined([places(p.owner.pages, p.start, p.stop) for p in pieces], cache)
         queries = [0, *accumulate(p.stop - p.start for p in pieces)]
         keys = [0, *accumulate(p.owner.offset + p.stop for p in pieces)]
-        self._seen = None if keys == queries else _joined([_seen(piece) for piece in pieces], cache.device)
+        self._seen = None if keys == queries else _joined([_seen(piece) for piece in pieces], cache)
         self._attend = VarlenCausal(queries, cache.device, cu_keys=keys)
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         """q (N, Hq, D), k and v (N, Hkv, D) -> (N, Hq, D)."""
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        page, place = self._write
-        keys[page, :, place] = k.to(keys.dtype)
-        values[page, :, place] = v.to(values.dtype)
+        self._cache.put(layer, self._write, k, v)
         if self._seen is not None:
-            page, place = self._seen
-            k, v = keys[page, :, place], values[page, :, place]
+            k, v = self._cache.take(layer, self._seen)
         return self._attend(layer, q, k, v, scale=scale, window=window, softcap=softcap)
 
 
@@ -98,9 +116,8 @@ def _seen(piece: Piece) -> np.ndarray:
     return np.concatenate([places(piece.owner.before, 0, piece.owner.offset), own], 1) if piece.owner.offset else own
 
 
-def _joined(found: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
-    pages, within = upload(np.concatenate(found, 1), device)
-    return pages, within
+def _joined(found: Sequence[np.ndarray], cache: KVCache) -> Tensor:
+    return cache.lines(*upload(np.concatenate(found, 1), cache.device))
 
 
 class DecodeAttend:
@@ -109,15 +126,14 @@ class DecodeAttend:
     def __init__(self, cache: KVCache, rows: PagedRows) -> None:
         self._cache, self._rows = cache, rows
         last = (rows.own_length - 1).long()
-        self._page = rows.own_pages.gather(1, (last // PAGE)[:, None])[:, 0].long()
-        self._place = last % PAGE
+        page = rows.own_pages.gather(1, (last // PAGE)[:, None])[:, 0].long()
+        self._write = cache.lines(page, last % PAGE)
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         """q (B, Hq, D), k and v (B, Hkv, D) -> (B, Hq, D)."""
+        self._cache.put(layer, self._write, k, v)
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys[self._page, :, self._place] = k.to(keys.dtype)
-        values[self._page, :, self._place] = v.to(values.dtype)
         out = decode_attention(q.contiguous(), keys, values, self._rows, scale=scale, window=window, softcap=softcap)
         return out.view_as(q)

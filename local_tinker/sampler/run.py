@@ -20,7 +20,7 @@ from ..model.kernels.draw import Output, RowState, advance
 from .forward import Forward
 from .group import PAGE, Group
 from .group import Sequence as Row
-from .rows import TableShape, count_segments, entering_state, most_readers, new_output, table_shape
+from .rows import TableShape, count_segments, entering_state, most_readers, new_output, table_shape, upload
 from .scheduler import Piece, Scheduler
 from .workspace import BUCKETS, STEPS, Fetch, StepKind, Workspace, pick
 
@@ -120,7 +120,7 @@ class Run:
             logits = torch.cat([self._forward.logits(h[None]) for h in stacked])
         else:
             logits = self._forward.logits(stacked)
-        which = torch.tensor([number[id(row.last_hidden)] for row in rows], device=self._device)
+        which = upload(np.array([number[id(row.last_hidden)] for row in rows]), self._device)
         logits = logits[which]
         state = entering_state(rows, self._device)
         out = new_output(1, len(rows), self._device, logits.dtype)

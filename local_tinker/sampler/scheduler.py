@@ -51,7 +51,9 @@ class Scheduler:
     """Which rows decode, in which slots, and which tokens are computed first.
 
     Args:
-        max_rows: samples that decode at a time. prefill_chunk: prompt tokens a forward.
+        max_rows: samples that decode at a time. prefill_chunk: prompt tokens a forward. seen_most: tokens that the pieces
+            of a forward may see in all, themselves included, since their keys and values are gathered for it; a piece
+            that sees more goes alone.
         admit_at: free slots to wait for before new rows come in, while others decode: computing one prompt costs nearly
             as much as computing several.
         budget: tokens the cache may hold at most, to name in errors.
@@ -66,13 +68,15 @@ class Scheduler:
         pool: PagePool,
         max_rows: int,
         prefill_chunk: int,
+        seen_most: int,
         budget: int | None = None,
         admit_at: int = 1,
         alone: bool = False,
     ) -> None:
         self._pool = pool
         self._budget = pool.pages * PAGE if budget is None else budget // PAGE * PAGE
-        self._prefill_chunk, self._admit_at, self._alone = prefill_chunk, admit_at, alone
+        self._prefill_chunk, self._seen_most = prefill_chunk, seen_most
+        self._admit_at, self._alone = admit_at, alone
         self._queue = deque(groups)
         self._pending: deque[Group | Sequence] = deque()  # contexts that are not computed yet
         self._stored: list[Group] = []  # those with pages
@@ -103,16 +107,19 @@ class Scheduler:
         return [row for row in self._running if row.slot is not None]
 
     def plan(self) -> list[Piece]:
-        """Admit what fits, then cut the next context tokens, at most `prefill_chunk` of them."""
+        """Admit what fits, then cut the next context tokens, at most `prefill_chunk` of them that see at most `seen_most`."""
         self._admit()
         pieces: list[Piece] = []
-        left = self._prefill_chunk
+        left, unseen = self._prefill_chunk, self._seen_most
         while self._pending and left and not (self._alone and pieces):
             owner = self._pending[0]
             context = len(owner.context)
             stop = min(context, owner.computed + left)
             if pieces and stop < context and context - owner.computed <= self._prefill_chunk:
                 break  # whole in the next forward: a piece that continues another is slower
+            unseen -= owner.offset + stop
+            if pieces and unseen < 0:
+                break
             pieces.append(Piece(owner, owner.computed, stop))
             left -= stop - owner.computed
             owner.computed = stop
@@ -176,7 +183,9 @@ class Scheduler:
         while self._running:
             self._put_back()
         self._drop_idle(keep=[])
-        self._pool, self._prefill_chunk = PagePool(pages), prefill_chunk
+        self._pool = PagePool(pages)
+        self._seen_most = self._seen_most * prefill_chunk // self._prefill_chunk
+        self._prefill_chunk = prefill_chunk
         self.slots = [None] * max_rows
         self._admit_at = min(self._admit_at, max_rows)
 

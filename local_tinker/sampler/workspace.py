@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..model.kernels.draw import RowState, advance, draw
 from ..model.kernels.paged import PagedRows
+from ..out_of_memory import give_back, is_out_of_memory
 from .forward import Forward
 from .kv_cache import KVCache
 from .pick import kept_logits
@@ -78,7 +80,12 @@ class Workspace:
         return self.cache.nbytes
 
     def forget_steps(self) -> None:
-        """Captured steps hold addresses that are no longer true."""
+        """Captured steps hold addresses that are no longer true.
+
+        They may still be running, and what they work in is unmapped once the stream that recorded them is done.
+        """
+        if self._graphs:
+            _capture_stream(self.device).wait_stream(torch.cuda.current_stream(self.device))
         self._graphs.clear()
         self._views.clear()
         self._pool = None
@@ -120,26 +127,47 @@ class Workspace:
     def _captured(self, kind: StepKind) -> Callable[[], None]:
         graph = self._graphs.get(kind)
         if graph is None:
-            graph = self._graphs[kind] = self._capture(kind)
+            graph = self._graphs[kind] = self._capture_with_room(kind)
         return graph.replay
+
+    def _capture_with_room(self, kind: StepKind) -> Any:
+        """While a step is recorded the allocator cannot return what it holds unused to the device. So running out of
+        memory then says little, until all of that was returned and the step is recorded again."""
+        try:
+            return self._capture(kind)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        give_back()
+        return self._capture(kind)
 
     def _capture(self, kind: StepKind) -> Any:
         """Run the step once to load its kernels, then record it. The rows stand still meanwhile: they write this step's
         keys where they will be written again."""
         state = self.rows.first(kind.shape.rows)
-        alive, current = state.alive.clone(), torch.cuda.current_stream()
+        alive, current = state.alive.clone(), torch.cuda.current_stream(self.device)
         state.alive.zero_()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self.device)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            self._step(kind)
-            record(graph, lambda: self._step(kind), pool=self._pool)
-        current.wait_stream(stream)
-        state.alive.copy_(alive)
-        self.out.at.zero_()
+        try:
+            with torch.cuda.stream(stream):
+                self._step(kind)
+                record(graph, lambda: self._step(kind), pool=self._pool)
+        finally:
+            # After a failure the cache is freed, and before its memory is unmapped the allocator waits for `current` alone.
+            current.wait_stream(stream)
+            state.alive.copy_(alive)
+            self.out.at.zero_()
         return graph
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: on every stream cuBLAS keeps a workspace (32 MiB on an H100) and the allocator keeps the
+    memory of the step that was run there."""
+    return torch.cuda.Stream(device)
 
 
 def record(graph: Any, step: Callable[[], None], *, pool: Any) -> None:

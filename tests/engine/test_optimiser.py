@@ -92,6 +92,26 @@ def test_parked_moments_give_the_bits_of_resident_ones(monkeypatch, dtype):
     assert parked.parked and int(parked.count) == 19 and float(parked.m.abs().max()) > 0
 
 
+@pytest.mark.parametrize("parked", [True, False])
+def test_moments_that_find_no_room_where_they_should_go_stay_where_they_were(monkeypatch, parked):
+    optimiser, empty, made = FlatAdamW(torch.ones(5), parked=parked), torch.empty, []
+    step(optimiser, torch.ones(5), AdamParams())
+
+    def full(*size, **options):
+        made.append(size)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(*size, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.torch, "empty", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimiser.park(not parked)
+    assert optimiser.parked is parked and len(made) == 2
+    step(optimiser, torch.ones(5), AdamParams())
+    assert int(optimiser.count) == 2
+
+
 def test_a_step_in_slices_is_the_step_of_the_whole(monkeypatch):
     torch.manual_seed(0)
     whole = torch.randn(500)

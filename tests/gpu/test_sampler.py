@@ -6,10 +6,11 @@ import torch
 from local_tinker.model.decode import DecodeRoad
 from local_tinker.sampler.sequence import Request, SamplingParams
 from local_tinker.sampler.stop import StopRules
-from tests.model.families import FAMILIES, random_pairs
+from tests.model.families import FAMILIES, random_pairs, random_tokens
 from tests.sampler.test_greedy import SHORT, engine, fast, prompts
 
 pytestmark = pytest.mark.gpu
+BF16_GAP = 0.1  # of single log-probs of tiny random models
 
 
 def on_card(name, *, dtype=torch.float32, **changes):
@@ -81,6 +82,42 @@ def test_stop_ids_filters_and_a_full_cache():
     found = sampler.collect(asked, pairs={}, scale=1.0)
     assert [[f.tokens for f in g] for g in found] == [[f.tokens for f in g] for g in expected]
     assert {f.stop_reason for g in found for f in g} == {"stop", "length"}
+
+
+def beginning_alike():
+    """Lone prompts and groups over one beginning, some of them over a longer one on top of it; the last has none."""
+    one = tuple(random_tokens(150, seed=1).tolist())
+    two = (*one, *random_tokens(90, seed=2).tolist())
+    ends = [tuple(random_tokens(5 + i, seed=10 + i).tolist()) for i in range(10)]
+    found = [(*(one if i % 2 else two), *end) for i, end in enumerate(ends[:9])] + [ends[9]]
+    return [Request(p, SamplingParams(max_tokens=12 + 5 * i, seed=i), n=1 + 2 * (i % 3)) for i, p in enumerate(found)]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("pages", [64, 24])
+def test_prompts_that_begin_alike_stand_on_one_beginning_while_steps_are_replayed(name, pages):
+    """Prefixes of several lengths, of which some give way and come back in other pages where the cache is short."""
+    asked = beginning_alike()
+    _, road, head, _ = fast(name)
+    expected = engine(road, head, positions=400).collect(asked, pairs={}, scale=1.0)
+    sampler, _ = on_card(name, positions=400, token_budget=64 * pages, prefill_chunk=200)
+    for _ in range(2):
+        found = sampler.collect(asked, pairs={}, scale=1.0)
+        for mine, theirs in zip(found, expected, strict=True):
+            assert [f.tokens for f in mine] == [f.tokens for f in theirs]
+            for a, b in zip(mine, theirs, strict=True):
+                assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_contexts_that_go_on_give_the_log_probs_of_whole_ones_in_bf16(name):
+    """Our attention kernel takes half precision alone: queries from the middle of a key block on, behind gathered keys."""
+    sampler, _ = on_card(name, dtype=torch.bfloat16, positions=400, prefill_chunk=200)
+    whole, _ = on_card(name, dtype=torch.bfloat16, positions=400)
+    for finished in (f for group in sampler.collect(beginning_alike(), pairs={}, scale=1.0) for f in group):
+        text = [*finished.prompt_tokens, *finished.tokens]
+        scores = whole.prompt_logprobs(text, pairs={}, scale=1.0)[len(finished.prompt_tokens) :]
+        assert finished.logprobs == pytest.approx(scores, abs=BF16_GAP)
 
 
 def test_deterministic_bits_do_not_depend_on_the_batch():

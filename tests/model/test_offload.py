@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from local_tinker.model import offload
+from local_tinker.model.layer import DecoderPass
 from local_tinker.model.offload import Parked
+from tests.model.families import empty_sink, random_pairs, random_tokens, tiny
+from tests.model.test_layer import COUNT, EDGES, road_of, run
 
 
 class Stream:
@@ -60,6 +63,30 @@ def test_what_is_wanted_at_once_is_fetched_and_waited_for(streams):
     parked.leave()
     parked.get()
     assert log[-3:] == ["side waits for main", "side event 2", "main waits for side event 2"]
+
+
+@pytest.mark.parametrize("where", ["_mlp_in_tiles", "_layer_backward"])
+def test_a_pass_that_is_abandoned_lets_the_computing_stream_wait_for_the_copies(streams, monkeypatch, where):
+    side, log = streams
+    road, frozen = road_of(tiny("llama"))
+    pairs = random_pairs(frozen)
+    real = getattr(DecoderPass, where)
+
+    def fail(self, *args, **options):
+        if log.count("side waits for main") > (1 if where == "_mlp_in_tiles" else road.spec.layers):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *args, **options)
+
+    def park(self, h):
+        self._stream = side
+        return Parked(h, side)
+
+    monkeypatch.setattr(DecoderPass, "_park", park)
+    monkeypatch.setattr(DecoderPass, where, fail)
+    levels = ("offload",) * road.spec.layers
+    with pytest.raises(torch.OutOfMemoryError):
+        run(road, random_tokens(COUNT), EDGES, pairs=pairs, sink=empty_sink(pairs), levels=levels).sum().backward()
+    assert log[-1] == "main waits for side" and log[-2].startswith("side event")
 
 
 def test_without_a_stream_it_stays():

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from local_tinker.model.kernels.decode_attention import decode_attention
 from local_tinker.model.kernels.paged import PagedRows
@@ -58,6 +59,34 @@ def test_a_context_in_pieces_attends_as_one_whole(window, softcap, chunk):
         parts.append(attend(0, q[cut], k[cut], v[cut], scale=SCALE, window=window, softcap=softcap))
     expected = plain_causal(0, q, k, v, scale=SCALE, window=window, softcap=softcap)
     torch.testing.assert_close(torch.cat(parts), expected, atol=1e-12, rtol=0)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_layers_storage_is_not_turned_over_to_be_written():
+    """index_put_ with indices on both sides of a slice copies the whole tensor where it must be deterministic on a card."""
+    cache, group = new_cache(4), Group(tuple(range(100)), shared=True, pages=[3, 1])
+    q, k, v = qkv(30, seed=1)
+    with Calls() as calls:
+        attend = PromptAttend(cache, [Piece(group, 70, 100)])
+        attend(0, q, k, v, scale=SCALE, window=None, softcap=None)
+        rows = PagedRows(
+            torch.tensor([[2]], dtype=torch.int32), torch.tensor([5], dtype=torch.int32),
+            torch.tensor([0], dtype=torch.int32), None, None, 64, 64, 64, 64,
+        )  # fmt: skip
+        DecodeAttend(cache, rows)(0, q[:1], k[:1], v[:1], scale=SCALE, window=None, softcap=None)
+    assert not calls.names & {"index", "index_put", "index_put_"} and "index_copy_" in calls.names
+    assert torch.equal(cache.keys[0][1, :, 6:36], k.transpose(0, 1)) and torch.equal(cache.values[0][2, :, 4], v[0])
 
 
 @pytest.mark.parametrize("window", [None, 40])

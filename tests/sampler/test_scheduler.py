@@ -9,12 +9,12 @@ from local_tinker.sampler.scheduler import PagePool, Scheduler
 from local_tinker.sampler.sequence import Request, SamplingParams
 
 
-def scheduler(requests, *, pages=100, max_rows=8, chunk=64, **options):
+def scheduler(requests, *, pages=100, max_rows=8, chunk=64, seen_most=10**6, **options):
     groups = build_groups(
         requests, max_positions=10_000, vocab_size=10**6, tokenizer=None, stream=False, skip_special_tokens=False
     )
     pool = PagePool(pages)
-    return Scheduler(groups, pool=pool, max_rows=max_rows, prefill_chunk=chunk, **options), pool
+    return Scheduler(groups, pool=pool, max_rows=max_rows, prefill_chunk=chunk, seen_most=seen_most, **options), pool
 
 
 def prompt(length, first=0):
@@ -75,6 +75,24 @@ def test_a_context_longer_than_the_chunk_is_cut():
     plan, _ = scheduler([ask(50, 1), ask(130, 1, first=100)], chunk=64)
     cuts = [[(p.owner.context[0], p.start, p.stop) for p in plan.plan()] for _ in range(4)]
     assert cuts == [[(0, 0, 50), (100, 0, 14)], [(100, 14, 78)], [(100, 78, 130)], []]
+
+
+def test_what_the_pieces_of_a_forward_see_has_a_bound():
+    """Nine prompts with 128 tokens in common: their own tokens are few, the keys gathered for them are not."""
+    common = tuple(range(2 * PAGE))
+    asked = [Request((*common, 900 + i), SamplingParams(max_tokens=3), seed=0) for i in range(9)]
+    plan, _ = scheduler(asked, max_rows=9, chunk=200, seen_most=4 * 129)
+    cuts = []
+    while pieces := plan.plan():
+        cuts.append([p.owner.offset + p.stop for p in pieces])
+    assert cuts == [[128, 129, 129, 129], [129] * 4, [129, 129]]
+    plan.start_over(pages=100, max_rows=9, prefill_chunk=100)
+    assert [[p.owner.offset + p.stop for p in plan.plan()] for _ in range(3)] == [[100], [128, 129], [129, 129]]
+
+
+def test_what_sees_more_than_the_bound_goes_alone():
+    plan, _ = scheduler([ask(50, 1), ask(130, 1, first=100), ask(9, 1, first=300)], chunk=300, seen_most=100)
+    assert [[p.stop for p in plan.plan()] for _ in range(4)] == [[50], [130], [9], []]
 
 
 def test_contexts_are_computed_one_by_one_where_results_must_not_depend_on_others():
