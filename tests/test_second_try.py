@@ -38,3 +38,11 @@ def test_more_than_a_few_count_at_once(tmp_path):
         "    first = n not in seen\n    seen.add(n)\n    assert not first\n",
     )
     assert f"{10 - ALLOWED} failed, {ALLOWED} passed" in text
+
+
+def test_on_a_card_the_first_try_counts(tmp_path):
+    text = run(
+        tmp_path,
+        "import pytest\nseen = []\n\n@pytest.mark.gpu\ndef test_flip():\n    seen.append(0)\n    assert len(seen) == 2\n",
+    )
+    assert "1 failed" in text and "ran a second time" not in text

@@ -66,8 +66,8 @@ class Budget:
         tried = [(self.settings, self.choice)]
         if longest > self.choice.tokens:
             tried.insert(0, (_of_length(self.settings, longest), self.choice_for(longest)))
-        limits = [smaller_limit(self.dims, settings, choice) for settings, choice in tried]
-        limit = next((limit for limit in limits if limit is not None), None)
+        # The larger one is what did not fit; a smaller plan for all else would not help it.
+        limit = smaller_limit(self.dims, *max(tried, key=lambda each: total_bytes(self.dims, *each)))
         if limit is None:
             return None
         settings = replace(self.settings, fewer=True)

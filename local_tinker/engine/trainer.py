@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data.pack import pack
-from ..errors import StateError
+from ..errors import DeviceMemoryError, StateError
 from ..losses import LOSSES
 from ..losses.base import LossInputs, LossSpec, finish_metrics
 from ..model.adapter import Adapter, AdapterSpec
@@ -128,7 +128,12 @@ class Trainer:
             self._say(f"out of memory; the call is repeated, and from here on there are {smaller.describe()}")
             return True
 
-        return until_it_fits(run, step_down=step_down)
+        before = self.budget
+        try:
+            return until_it_fits(run, step_down=step_down)
+        except DeviceMemoryError:
+            self.budget = before  # what fits nowhere says nothing about all else
+            raise
 
     def _apply(self, choice: Choice) -> None:
         """Weights held dequantised and the place of the moments; does nothing where they are so already."""

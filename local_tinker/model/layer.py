@@ -360,6 +360,8 @@ class DecoderPass:
         try:
             for index in reversed(range(first, self.spec.layers)):
                 kept = self._kept.pop()
+                if isinstance(kept.h, Parked):
+                    kept.h.fetch()  # under way already but for the last layer's
                 if self._kept and isinstance(self._kept[-1].h, Parked):
                     self._kept[-1].h.fetch()
                 self._layer_backward(index, kept, wide, last=index == first)

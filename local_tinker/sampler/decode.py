@@ -192,7 +192,6 @@ class SamplerEngine:
             raise UsageError(
                 f"got {len(prompt)} tokens to score, the sampler's cache budget is {budget * PAGE}; score a shorter text"
             )
-        self.forward.bind(pairs, scale, anew=True)
         group = Group(prompt, shared=True, pages=list(range(1, pages + 1)))
         chunk = self.prefill_chunk if self.forward.packed else len(prompt)
 
@@ -202,11 +201,12 @@ class SamplerEngine:
             found, chunk = self.spare() or smaller < chunk, min(chunk, smaller)
             return found
 
-        return until_it_fits(lambda: self._scores(group, chunk), step_down=step_down, advice=ADVICE)
+        return until_it_fits(lambda: self._scores(group, chunk, (pairs, scale)), step_down=step_down, advice=ADVICE)
 
-    def _scores(self, group: Group, chunk: int) -> list[float | None]:
+    def _scores(self, group: Group, chunk: int, adapter: tuple[Mapping, float]) -> list[float | None]:
         length, pages, work = len(group.prompt_tokens), len(group.pages), None
         try:
+            self.forward.bind(*adapter, anew=True)
             work = self.take(pages)
             work.cache.grow(pages + 1, keep=False)
             parts = [self._score(group, start, chunk, work) for start in range(0, length, chunk)]

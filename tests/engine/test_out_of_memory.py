@@ -154,7 +154,7 @@ def test_a_first_call_with_a_value_head_runs_out_and_leaves_none(client, monkeyp
 @pytest.mark.parametrize("verb", ["forward_backward", "optim_step"])
 def test_when_nothing_smaller_is_left_a_typed_error_says_so_and_nothing_has_changed(client, monkeypatch, verb):
     trainer = pending(client)
-    before, said = everything(trainer), []
+    before, said, plan = everything(trainer), [], inner(trainer).budget
     inner(trainer)._say = said.append
     with monkeypatch.context() as patch:
         visits = fail(patch, PASS_SITES["head"] if verb == "forward_backward" else STEP_SITES["norm"], 10**6)
@@ -168,7 +168,7 @@ def test_when_nothing_smaller_is_left_a_typed_error_says_so_and_nothing_has_chan
         "out of memory; the call is repeated, and from here on there are micro-batches of 64 tokens"
     )
     assert same(before, everything(trainer))
-    # the trainer goes on by its smallest plan
+    assert inner(trainer).budget is plan  # what fits nowhere says nothing about the next call
     trainer.forward_backward(ROWS)
     assert trainer.optim_step().step == 2
 

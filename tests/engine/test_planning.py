@@ -69,6 +69,12 @@ def test_running_out_makes_the_longest_documents_choice_smaller_until_nothing_is
     assert 4 < steps < 40 and set(choice.levels) == {"layer"}
 
 
+def test_a_document_that_is_too_long_in_any_way_leaves_the_plan_of_others_alone(model):
+    budget, longest = budget_of(model, int(1.2 * needed(budget_of(model, 2**40)))), 200_000
+    assert needed(budget, budget.choice_for(longest)) > budget.limit
+    assert budget.smaller(longest) is None and budget.smaller(10) is not None
+
+
 def test_another_runs_cut_is_taken_over_and_the_levels_planned_anew(model):
     budget = budget_of(model, int(1.5 * needed(budget_of(model, 2**40))))
     saved = Choice(tokens=9000, levels=("layer",) * 2, head_rows=512, tile=9000)

@@ -72,7 +72,7 @@ def test_a_call_too_large_for_the_card_is_repeated_smaller_and_memory_comes_back
         trainer.try_longest([1024] * 8)
         assert state.budget.total < plan.total, "the card was never short"
         assert same(before, everything(trainer))
-        assert abs(allocated() - start) < MIB
+        assert allocated() - start < MIB  # a smaller plan may hold less
     trainer.forward_backward(ROWS)
     assert trainer.optim_step().step == 1
 
@@ -86,7 +86,7 @@ def test_a_document_that_fits_in_no_way_is_a_typed_error_and_the_next_request_su
         with pytest.raises(DeviceMemoryError, match="no smaller plan is left"):
             trainer.try_longest([60_000])
         assert same(before, everything(trainer))
-        assert abs(allocated() - start) < MIB
+        assert allocated() - start < MIB
         trainer.try_longest([64])
     assert trainer.optim_step().step == 1
 

@@ -47,6 +47,14 @@ def test_int8_is_one_absmax_a_row():
     assert torch.allclose(linear.dense(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_int8_is_written_in_place_with_the_same_bits(dtype):
+    store = frozen("8bit")[0].store
+    out = torch.full((store.stored.shape[0], store.stored.shape[1] + 3), 7.0, dtype=dtype)
+    store.dense_into(out[:, :-3])
+    assert torch.equal(out[:, :-3], store.dense(dtype)) and bool((out[:, -3:] == 7.0).all())
+
+
 @pytest.mark.parametrize("quantize", [None, "4bit", "8bit"])
 def test_a_resident_copy_holds_the_same_bits(quantize):
     linear, _ = frozen(quantize, dtype=torch.bfloat16)

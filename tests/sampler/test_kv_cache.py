@@ -3,6 +3,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from local_tinker.model.kernels.decode_attention import decode_attention
+from local_tinker.model.kernels.decode_step import rope_write_reference
 from local_tinker.model.kernels.paged import PagedRows
 from local_tinker.sampler.group import PAGE, Group
 from local_tinker.sampler.grouping import build_groups
@@ -164,3 +165,17 @@ def test_half_precision_decoding_is_summed_in_fp32():
     exact = plain_causal(0, q.double(), k.double(), v.double(), scale=SCALE, window=None, softcap=None)[59:]
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, exact.bfloat16(), atol=2e-3, rtol=2**-8)
+
+
+def test_a_step_that_is_recorded_never_asks_for_the_longest_row(monkeypatch):
+    """Heads of a width that no kernel serves are rotated and written by torch, in a captured step too."""
+    cache, y = new_cache(4), torch.randn(2, (HEADS + 2 * SHARED) * WIDTH, dtype=torch.float64)
+    rows = PagedRows(
+        torch.tensor([[2], [3]], dtype=torch.int32), torch.tensor([5, 1], dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int32), None, None, 64, 64, 64, 64,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: pytest.fail("the host waits for the device"))
+    rope_write_reference(y, None, cache.keys[0], cache.values[0], rows, heads=HEADS)
+    split = y.view(2, -1, WIDTH)
+    assert torch.equal(cache.keys[0][2, :, 4], split[0, HEADS : HEADS + SHARED])
+    assert torch.equal(cache.values[0][3, :, 0], split[1, HEADS + SHARED :])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import jit, power_of_two, tl, triton_ready
 from .norm import rms_norm
-from .paged import PagedRows, StepPlaces
+from .paged import PagedRows, write_places
 from .rope import rotate
 from .swiglu import ACTIVATIONS
 
@@ -167,9 +167,9 @@ def rope_write_reference(y, angles, keys, values, rows, *, heads, low_rank=None,
         turned = y[:, : heads + shared]
     if angles is not None:
         turned = rotate(turned, angles[0][:, None], angles[1][:, None])
-    step = rows.step if rows.step is not None else StepPlaces.of(rows, keys)
+    places = rows.step.write if rows.step is not None else write_places(rows, keys)
     for cache, new in ((keys, turned[:, heads:]), (values, y[:, heads + shared :])):
-        cache.view(-1, width).index_copy_(0, step.write, new.reshape(-1, width))
+        cache.view(-1, width).index_copy_(0, places, new.reshape(-1, width))
     return turned[:, :heads]
 
 

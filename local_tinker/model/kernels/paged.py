@@ -29,18 +29,25 @@ class StepPlaces:
 
     @classmethod
     def of(cls, rows: PagedRows, keys: Tensor) -> StepPlaces:
+        """Waits for the device to know the longest row."""
         _, shared, page, _ = keys.shape
-        last = (rows.own_length - 1).clamp_min(0).long()
-        at = rows.own_pages.gather(1, (last // page)[:, None]).long()  # (B, 1)
         heads, device = torch.arange(shared, device=keys.device), keys.device
-        pieces = -(-int(last.max() + 1) // PIECE)
+        pieces = -(-max(1, int(rows.own_length.max())) // PIECE)
         blocks = (rows.own_pages[:, None].long() * shared + heads[:, None])[..., None] * (page // PIECE)
         own = (blocks + torch.arange(page // PIECE, device=device)).flatten(2)[:, :, :pieces]  # (B, Hkv, C)
         return cls(
-            write=((at * shared + heads) * page + (last % page)[:, None]).flatten(),
+            write=write_places(rows, keys),
             own=own.flatten(),
             seen=(torch.arange(pieces * PIECE, device=device) < rows.own_length[:, None])[:, None, None],
         )
+
+
+def write_places(rows: PagedRows, keys: Tensor) -> Tensor:
+    """`StepPlaces.write`, without waiting for the device."""
+    _, shared, page, _ = keys.shape
+    last = (rows.own_length - 1).clamp_min(0).long()
+    at = rows.own_pages.gather(1, (last // page)[:, None]).long()  # (B, 1)
+    return ((at * shared + torch.arange(shared, device=keys.device)) * page + (last % page)[:, None]).flatten()
 
 
 @dataclass(frozen=True, eq=False)
