@@ -142,7 +142,8 @@ def random_kills(root: Path, kills: int, seed: int) -> None:
         assert first.strip() == str(step).encode(), process.stderr.read().decode()
         time.sleep(chance.uniform(0, 0.03))
         process.send_signal(signal.SIGKILL)
-        rest, _ = process.communicate(timeout=30)
+        with process:
+            rest = process.stdout.read()  # communicate() would leave out what readline() had already buffered
         # The last line may be cut, so only whole lines were acknowledged.
         said = [int(line) for line in (first + rest).split(b"\n")[:-1]]
         saved = max(said)
