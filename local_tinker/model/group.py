@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .kernels import KERNEL_DTYPES
-from .kernels.lora import block_diagonal
-from .linear import FrozenLinear, dense_together
+from .kernels.lora import add_diagonal, block_diagonal
+from .kernels.nf4 import nf4_serves
+from .linear import FrozenLinear, packed_together
 from .lora import LoraDropout, LoraPair
 
 ALIGN = 8  # elements; rows of half precision then start at 16 bytes, which fast products ask for
@@ -97,6 +98,7 @@ class ProjectionGroup:
             edges.append(edges[-1] + linear.out_features)
         self.starts = tuple(edges)
         self._resident: Tensor | None = None
+        self._packed = packed_together(linears)
         self.below: int | None = None
         self._bias = self._stack_bias()
 
@@ -148,7 +150,12 @@ class ProjectionGroup:
         shape = (self.outputs + room, self.inputs + (0 if self.single else room))
         first = self.linears[0]
         buffer = torch.empty(shape, dtype=first.dtype, device=first.weight.device)
-        dense_together(self.linears, buffer[: self.outputs, : self.inputs])
+        weights = buffer[: self.outputs, : self.inputs]
+        if self._packed is not None and nf4_serves(weights):
+            self._packed.dense_into(weights)
+        else:
+            for linear, start in zip(self.linears, self.starts, strict=False):
+                linear.dense_into(weights[start : start + linear.out_features])
         return buffer
 
     def dense(self) -> Tensor:
@@ -314,14 +321,16 @@ class ProjectionGroup:
         dy, thin = dy[:, : self.outputs], self._thin(x, lora) if thin is None else thin
         targets = [sink[self.paths[i]] for i in lora.members]
         if lora.dropout is None:
-            _add(stacked_target([a for a, _ in targets]), _product(q.t(), x))
+            rows = stacked_target([a for a, _ in targets])
+            for target, part in zip(rows, q.split([a.shape[0] for a in rows], dim=1), strict=True):
+                _add_product(target, part.t(), x)
         else:
             for i, part, (a, _) in zip(lora.members, q.split(lora.rank, dim=1), targets, strict=True):
-                a.add_(_product(part.t(), lora.dropout(x, self.paths[i])))
+                _add_product(a, part.t(), lora.dropout(x, self.paths[i]))
+        if self.single:
+            return _add_product(targets[0][1], dy.t(), thin, lora.scale)
         db = _product(dy.t(), thin)  # off-diagonal blocks are computed too: one product that reads dy once
-        for slot, (i, (_, b)) in enumerate(zip(lora.members, targets, strict=True)):
-            block = db[self.starts[i] : self.starts[i + 1], slot * lora.rank : (slot + 1) * lora.rank]
-            b.add_(block, alpha=lora.scale)
+        add_diagonal(db, [(b, self.starts[i]) for i, (_, b) in zip(lora.members, targets, strict=True)], lora.scale)
 
 
 def stacked_target(parts: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -329,13 +338,20 @@ def stacked_target(parts: Sequence[Tensor]) -> Sequence[Tensor]:
     return [stacked(parts)] if len(parts) == 1 or _adjacent(parts) else parts
 
 
-def _add(targets: Sequence[Tensor], value: Tensor) -> None:
-    for target, part in zip(targets, value.split([t.shape[0] for t in targets]), strict=True):
-        target.add_(part)
-
-
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a b, in fp32 where half precision on a card can give it."""
-    if a.is_cuda and a.dtype in KERNEL_DTYPES:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if _widens(a) else a @ b
+
+
+def _add_product(target: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """target += scale a b in the target's type."""
+    if _widens(a):
+        torch.addmm(target, a, b, out_dtype=torch.float32, alpha=scale, out=target)
+    elif target.dtype == a.dtype:
+        target.addmm_(a, b, alpha=scale)
+    else:
+        target.add_(a @ b, alpha=scale)
+
+
+def _widens(a: Tensor) -> bool:
+    return a.is_cuda and a.dtype in KERNEL_DTYPES

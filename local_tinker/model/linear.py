@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingDependencyError, UsageError
-from .kernels.nf4 import nf4_dense, nf4_serves
+from .kernels.nf4 import Packed, nf4_serves
 
 QUANTISERS = (None, "4bit", "8bit")
 NF4_BLOCK = 64  # weights that share one absmax (Dettmers et al., arXiv 2305.14314)
@@ -81,7 +81,7 @@ class NF4Weight:
 
     def dense_into(self, out: Tensor) -> None:
         if nf4_serves(out):
-            nf4_dense([(self.stored, self.state)], out)
+            Packed([(self.stored, self.state)]).dense_into(out)
         else:
             out.copy_(self.dense(out.dtype))
 
@@ -195,14 +195,11 @@ class FrozenLinear(nn.Linear):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, storage={self.storage}"
 
 
-def dense_together(linears: Sequence[FrozenLinear], out: Tensor) -> None:
-    """Dequantise linears of the same inputs on top of each other into `out` (O, I), whose rows may be part of something
-    wider."""
+def packed_together(linears: Sequence[FrozenLinear]) -> Packed | None:
+    """Linears of the same inputs as one launch dequantises them; None where they are not all NF4."""
     stores = [linear.store for linear in linears]
-    if nf4_serves(out) and all(isinstance(store, NF4Weight) for store in stores):
-        return nf4_dense([(store.stored, store.state) for store in stores], out)
-    for linear, rows in zip(linears, out.split([linear.out_features for linear in linears]), strict=True):
-        linear.dense_into(rows)
+    four_bit = all(isinstance(store, NF4Weight) for store in stores)
+    return Packed([(store.stored, store.state) for store in stores]) if four_bit else None
 
 
 class FrozenMatmul(torch.autograd.Function):

@@ -139,6 +139,8 @@ class Workspace:
             if not is_out_of_memory(error):
                 raise
         give_back()
+        if not self._graphs:
+            self._pool = None  # a pool ends with its last graph, also with one that came to nothing
         return self._capture(kind)
 
     def _capture(self, kind: StepKind) -> Any:
@@ -179,6 +181,18 @@ def record(graph: Any, step: Callable[[], None], *, pool: Any) -> None:
         step()
     except BaseException:
         with suppress(RuntimeError):  # a capture that is no longer valid says so here
-            graph.capture_end()
+            _end(graph, pool)
         raise
-    graph.capture_end()
+    _end(graph, pool)
+
+
+def _end(graph: Any, pool: Any) -> None:
+    """A capture that is no longer valid raises before it has told the allocator that it is over, and until the allocator
+    hears so it returns no memory to the device."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        device = torch.cuda.current_device()
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+        raise

@@ -134,6 +134,7 @@ def _card() -> Iterator[None]:
         patch(kernels, "fault", lambda kind: None)
         patch(ProjectionGroup, "fused", lambda self, lora: lora is not None)
         patch(group_module, "_product", _wide_product)
+        patch(group_module, "_add_product", lambda target, a, b, scale=1.0: None)  # on a card in place
         patch(Head, "raw", lambda self, h, pair=None, scale=1.0: _wide_product(h, self.weight.t()))
         patch(PackedBlocks, "of", lambda self, size, *, keys: torch.empty(4, 6, dtype=torch.int32))
         patch(layer, "Parked", _Parked)

@@ -78,7 +78,8 @@ def train(device: str, folder: str, mode: str, quantize: str, steps: int) -> lis
 
 
 def in_a_process(device: str, folder: Path, mode: str, quantize: str, steps: int) -> dict[str, str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
     environment.pop("CUBLAS_WORKSPACE_CONFIG", None)
     command = [sys.executable, __file__, device, str(folder), mode, quantize, str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -52,7 +52,9 @@ def folder(tmp_path_factory):
 
 def trainer_on(folder, **options):
     service = ServiceClient(device="cuda", quiet=True)
-    return service.create_lora_training_client(str(folder), **{"rank": 8, "seed": 1, "quantize": "4bit", **options})
+    trainer = service.create_lora_training_client(str(folder), **{"rank": 8, "seed": 1, "quantize": "4bit", **options})
+    assert inner(trainer).model.fast is not None  # or offload and tiles would not be tested
+    return trainer
 
 
 def allocated():

@@ -150,7 +150,12 @@ def test_a_client_says_it_once_and_gives_the_same(trainer, monkeypatch):
 
 
 @pytest.mark.parametrize("ends_badly", [True, False])
-def test_a_step_that_fails_while_it_is_recorded_raises_its_own_error(ends_badly):
+def test_a_step_that_fails_while_it_is_recorded_raises_its_own_error(ends_badly, monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *a, name=name: told.append((name, *a)), raising=False)
+
     class Graph:
         ended = 0
 
@@ -167,8 +172,11 @@ def test_a_step_that_fails_while_it_is_recorded_raises_its_own_error(ends_badly)
 
     graph = Graph()
     with pytest.raises(torch.OutOfMemoryError):
-        record(graph, step, pool=None)
+        record(graph, step, pool=(0, 1))
     assert graph.ended == 1
+    over = [("_cuda_endAllocateToPool", 3, (0, 1)), ("_cuda_releasePool", 3, (0, 1))]
+    assert told == over * ends_badly
     if ends_badly:  # of a step that went well it is an error
         with pytest.raises(RuntimeError, match="during capture"):
-            record(graph, lambda: None, pool=None)
+            record(graph, lambda: None, pool=(0, 1))
+        assert told == over * 2

@@ -1,6 +1,7 @@
 """The order of things while a step is captured; that captured steps are right is tested on a card."""
 
 from contextlib import contextmanager
+from itertools import count
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from tests.sampler.toy import ToyRoad, engine
 
 
 class Graph:
-    def capture_begin(self, **_):
-        pass
+    pools: list = []
+
+    def capture_begin(self, *, pool, **_):
+        self.pools.append(pool)
 
     def capture_end(self):
         pass
@@ -39,7 +42,8 @@ def card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", stream)
     monkeypatch.setattr(torch.cuda, "stream", within)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    pools = count(1)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, next(pools)))
     workspace._capture_stream.cache_clear()
     work = engine(ToyRoad()).take(4)
     work.rows.state.alive.fill_(1)
@@ -106,7 +110,10 @@ def test_a_step_that_finds_no_memory_is_recorded_again_after_the_unused_was_retu
     seen = steps_that(monkeypatch, None, full, None, None)
     work._captured(kind(2))
     assert log.index("give back") == 1 + log.index("main waits for side 0") and len(seen) == 4
+    first, second = Graph.pools[-2:]
+    assert first != second  # no graph was left in the first one, and torch takes up no pool without
     steps_that(monkeypatch, None, full, None, full)  # then the run goes on with less
     with pytest.raises(torch.OutOfMemoryError):
         work._captured(kind(3))
+    assert Graph.pools[-2:] == [second, second]
     assert log.count("give back") == 2

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -23,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import tl, triton
+from . import power_of_two, tl, triton
+from .launch import kernel
 
 
 class Blocks(NamedTuple):
@@ -211,8 +213,12 @@ def attend_packed_backward(
 
 
 def _tuning(q: Tensor, blocks: PackedBlocks) -> Tuning:
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
-    return tuning(q.shape[-1], capability, blocks.length)
+    return tuning(q.shape[-1], _capability(q.get_device()), blocks.length)
+
+
+@cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device >= 0 else (0, 0)
 
 
 def _constants(q: Tensor, k: Tensor, window: int | None, softcap: float | None, blocks: PackedBlocks) -> dict:
@@ -220,7 +226,7 @@ def _constants(q: Tensor, k: Tensor, window: int | None, softcap: float | None, 
     return dict(
         G=q.shape[1] // k.shape[1],
         D=d,
-        DB=max(16, triton.next_power_of_2(d)),
+        DB=power_of_two(d, 16),
         WINDOW=window or 0,
         CAP=softcap is not None,
         PREFIX=blocks.prefixes,
@@ -302,7 +308,7 @@ if triton is not None:
         acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v)
         return acc, new, total
 
-    @triton.jit(do_not_specialize=["N"])
+    @kernel(do_not_specialize=["N"])
     def _forward(
         Q, K, V, OUT, LSE, WORK, N, q_row, k_row, v_row, scale, cap,
         HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
@@ -364,7 +370,7 @@ if triton is not None:
         ds = p * (tl.dot(do, tl.trans(v)) - dots[:, None]) * slope
         return dq + tl.dot(ds.to(k.dtype), k)
 
-    @triton.jit(do_not_specialize=["N"])
+    @kernel(do_not_specialize=["N"])
     def _backward_queries(
         Q, K, V, OUT, DO, LSE, DOTS, DQ, WORK, N, q_row, k_row, v_row, do_row, dq_row, scale, cap,
         HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
@@ -435,7 +441,7 @@ if triton is not None:
         dk += tl.dot(ds.to(q.dtype), q)
         return dk, dv
 
-    @triton.jit(do_not_specialize=["N", "splits", "prefix_tokens"])
+    @kernel(do_not_specialize=["N", "splits", "prefix_tokens"])
     def _backward_behind(
         Q, K, V, DO, LSE, DOTS, BEHIND, WORK, POSITIONS, N, splits, prefix_tokens, q_row, k_row, v_row, do_row, scale, cap,
         G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
@@ -472,7 +478,7 @@ if triton is not None:
         _put(to, keys, width, ok, dk, D, DB)
         _put(to + prefix_tokens.to(tl.int64) * width, keys, width, ok, dv, D, DB)
 
-    @triton.jit(do_not_specialize=["N", "splits", "prefix_tokens"])
+    @kernel(do_not_specialize=["N", "splits", "prefix_tokens"])
     def _backward_keys(
         Q, K, V, DO, LSE, DOTS, DK, DV, BEHIND, WORK, N, splits, prefix_tokens, q_row, k_row, v_row, do_row, dk_row, dv_row,
         scale, cap, G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import KERNEL_DTYPES, tl, triton, triton_ready
+from .launch import kernel
 
 _BLOCK = 4096
 
@@ -73,7 +74,7 @@ if triton is not None:
             t = cap * (2.0 * tl.sigmoid(2.0 * t / cap) - 1.0)
         return t
 
-    @triton.jit
+    @kernel
     def _logit_rows(
         Z, Y, LOGP, ENT, GRAD_OUT, V, z_row, g_row, scale, cap,
         CAP: tl.constexpr, ENTROPY: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import KERNEL_DTYPES, tl, triton, triton_ready
+from .launch import kernel
 
 _BLOCK = 2048  # bytes of one program
 
@@ -35,33 +36,39 @@ def nf4_dense_reference(packed: Tensor, state: Any, out: Tensor) -> None:
     out.copy_((values * absmax[:, None]).to(out.dtype).view(out.shape))
 
 
-def nf4_dense(parts: Sequence[tuple[Tensor, Any]], out: Tensor) -> None:
-    """Dequantise up to three weights of the same inputs on top of each other into `out` (O, I), whose rows may be part
-    of something wider.
+class Packed:
+    """Up to three weights of the same inputs, to dequantise on top of each other in one launch.
 
     Args:
         parts: bitsandbytes' packed weights and QuantState of each, with nested statistics.
     """
-    if not nf4_serves(out):
-        rows = [2 * packed.numel() // out.shape[1] for packed, _ in parts]
-        for (packed, state), part in zip(parts, out.split(rows), strict=True):
-            nf4_dense_reference(packed, state, part)
-        return
-    assert 1 <= len(parts) <= 3, f"{len(parts)} weights for one launch"
-    filled = [*parts, *[parts[0]] * (3 - len(parts))]
-    arguments = [(q, s.absmax, s.state2.absmax, s.offset, q.numel()) for q, s in filled]
-    programs = sum(triton.cdiv(packed.numel(), _BLOCK) for packed, _ in parts)
-    state = parts[0][1]  # both tables of levels belong to the format, not to the weight
-    _nf4_dense[(programs,)](
-        *(value for part in arguments for value in part), state.state2.code, state.code, out, out.stride(0),
-        PARTS=len(parts), K=out.shape[1], BS=state.blocksize, BS2=state.state2.blocksize, BLOCK=_BLOCK, num_warps=8,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+
+    def __init__(self, parts: Sequence[tuple[Tensor, Any]]) -> None:
+        assert 1 <= len(parts) <= 3, f"{len(parts)} weights for one launch"
+        self._parts = parts
+        filled = [*parts, *[parts[0]] * (3 - len(parts))]
+        state = parts[0][1]  # both tables of levels belong to the format, not to the weight
+        self._arguments = tuple(
+            value for q, s in filled for value in (q, s.absmax, s.state2.absmax, s.offset, q.numel())
+        ) + (state.state2.code, state.code)
+        self._grid = (sum(-(-packed.numel() // _BLOCK) for packed, _ in parts),)
+        self._sizes = dict(PARTS=len(parts), BS=state.blocksize, BS2=state.state2.blocksize, BLOCK=_BLOCK)
+
+    def dense_into(self, out: Tensor) -> None:
+        """Fill `out` (O, I), whose rows may be part of something wider."""
+        if not nf4_serves(out):
+            rows = [2 * packed.numel() // out.shape[1] for packed, _ in self._parts]
+            for (packed, state), part in zip(self._parts, out.split(rows), strict=True):
+                nf4_dense_reference(packed, state, part)
+            return
+        _nf4_dense[self._grid](
+            *self._arguments, out, out.stride(0), **self._sizes, K=out.shape[1], num_warps=8, enable_fp_fusion=False
+        )
 
 
 if triton is not None:
 
-    @triton.jit
+    @kernel
     def _nf4_dense(
         Q0, CODES0, SCALE0, OFFSET0, count0, Q1, CODES1, SCALE1, OFFSET1, count1, Q2, CODES2, SCALE2, OFFSET2, count2,
         TABLE, LEVELS, OUT, row_stride, PARTS: tl.constexpr, K: tl.constexpr, BS: tl.constexpr, BS2: tl.constexpr,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import serves, tl, triton
+from . import power_of_two, serves, tl, triton
+from .launch import kernel
 
 KINDS = ("round_then_scale", "scale_then_round", "one_plus")
 
@@ -62,7 +63,7 @@ def add_norm(h: Tensor, y: Tensor | None, weight: Tensor, eps: float, kind: str,
     source = h if y is None else y
     _add_norm[(n,)](
         h, source, weight, out, total, d, eps, h.stride(0), source.stride(0), out.stride(0), total.stride(0),
-        ADD=y is not None, KIND=KINDS.index(kind), BLOCK=triton.next_power_of_2(d), num_warps=_warps(d),
+        ADD=y is not None, KIND=KINDS.index(kind), BLOCK=power_of_two(d), num_warps=_warps(d),
     )  # fmt: skip
     return total
 
@@ -93,7 +94,7 @@ def norm_backward(
     _norm_backward[(n,)](
         dx, h, weight, other, out, back, d, eps, dx.stride(0), h.stride(0), other.stride(0), out.stride(0), back.stride(0),
         RESIDUAL=residual is not None, AGAIN=again is not None, KIND=KINDS.index(kind),
-        BLOCK=triton.next_power_of_2(d), num_warps=_warps(d),
+        BLOCK=power_of_two(d), num_warps=_warps(d),
     )  # fmt: skip
 
 
@@ -114,7 +115,7 @@ if triton is not None:
             y = unit * w
         return y.to(dtype), unit, inverse
 
-    @triton.jit
+    @kernel
     def _add_norm(
         H, Y, W, OUT, TOTAL, D, eps, h_row, y_row, out_row, total_row,
         ADD: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
@@ -133,7 +134,7 @@ if triton is not None:
         x, _, _ = _normalise(h.to(tl.float32), w, D, eps, KIND, h.dtype)
         tl.store(OUT + row * out_row + c, x, mask=m)
 
-    @triton.jit
+    @kernel
     def _norm_backward(
         DX, H, W, RES, OUT, BACK, D, eps, dx_row, h_row, res_row, out_row, back_row,
         RESIDUAL: tl.constexpr, AGAIN: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import serves, tl, triton
+from . import power_of_two, serves, tl, triton
+from .launch import kernel
 from .norm import KINDS, norm_backward_reference, rms_norm
 
 
@@ -146,13 +147,13 @@ def _constants(layout: HeadLayout, angles: Angles) -> dict:
         HK=layout.kv_heads,
         D=layout.head_dim,
         J=cos.shape[-1],
-        JB=triton.next_power_of_2(cos.shape[-1]),
+        JB=power_of_two(cos.shape[-1]),
         NORM=layout.q_norm is not None,
         KIND=KINDS.index(layout.norm),
         EPS=layout.eps,
         ROUND=cos.dtype != torch.float32,
-        QB=triton.next_power_of_2(layout.heads),
-        KB=triton.next_power_of_2(layout.kv_heads),
+        QB=power_of_two(layout.heads),
+        KB=power_of_two(layout.kv_heads),
         num_warps=4,
     )
 
@@ -208,7 +209,7 @@ if triton is not None:
         tl.store(OUT + at, a, mask=ok)
         tl.store(OUT + J + at, b, mask=ok)
 
-    @triton.jit
+    @kernel
     def _rotate(
         X, OUT, COS, SIN, QW, KW, x_row, out_row, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, J: tl.constexpr,
         JB: tl.constexpr, NORM: tl.constexpr, KIND: tl.constexpr, EPS: tl.constexpr, ROUND: tl.constexpr,
@@ -252,7 +253,7 @@ if triton is not None:
         tl.store(DX + at, a, mask=ok)
         tl.store(DX + J + at, b, mask=ok)
 
-    @triton.jit
+    @kernel
     def _rotate_back(
         DX, X, COS, SIN, QW, KW, dx_row, x_row, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, J: tl.constexpr,
         JB: tl.constexpr, NORM: tl.constexpr, KIND: tl.constexpr, EPS: tl.constexpr, ROUND: tl.constexpr,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import serves, tl, triton
+from .launch import kernel
 
 # activation -> (forward, gradient from (dy, x))
 ACTIVATIONS = {
@@ -53,7 +54,7 @@ def gated(gate_up: Tensor, activation: str, *, spent: bool = False) -> Tensor:
     if not serves(gate_up):
         gated_reference(gate_up, activation, out)
     elif n:
-        grid = (n, triton.cdiv(width // 2, _BLOCK))
+        grid = (n, -(-width // 2 // _BLOCK))
         _gated[grid](gate_up, out, width // 2, gate_up.stride(0), KIND=_kind(activation), BLOCK=_BLOCK, num_warps=4)
     return out
 
@@ -64,7 +65,7 @@ def gated_backward_(gate_up: Tensor, dy: Tensor, activation: str) -> None:
     if not serves(gate_up):
         gated_backward_reference(gate_up, dy, activation)
     elif n:
-        grid = (n, triton.cdiv(f, _BLOCK))
+        grid = (n, -(-f // _BLOCK))
         _gated_backward[grid](
             gate_up, dy, f, gate_up.stride(0), dy.stride(0), KIND=_kind(activation), BLOCK=_BLOCK, num_warps=4
         )
@@ -91,7 +92,7 @@ if triton is not None:
             slope = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * g * g)
             return 0.5 * g * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * g * (1.0 - t * t) * slope
 
-    @triton.jit
+    @kernel
     def _gated(X, OUT, F, x_row, KIND: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -101,7 +102,7 @@ if triton is not None:
         a, _ = _act(g.to(tl.float32), KIND)
         tl.store(OUT + row * F + c, a.to(g.dtype).to(tl.float32) * u.to(tl.float32), mask=m)
 
-    @triton.jit
+    @kernel
     def _gated_backward(X, DY, F, x_row, dy_row, KIND: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

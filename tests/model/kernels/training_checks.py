@@ -109,7 +109,7 @@ def test_nf4_has_the_bits_of_bitsandbytes(rows, inputs):
     stored = [NF4Weight(draw(count, inputs, seed=at, scale=0.02 * 4**at)) for at, count in enumerate(rows)]
     parts, want = [(one.stored, one.state) for one in stored], torch.cat([one.dense(HALF) for one in stored])
     out = torch.full((sum(rows) + 1, inputs + 16), 7.0, dtype=HALF, device=DEVICE)
-    nf4.nf4_dense(parts, out[: sum(rows), :inputs])
+    nf4.Packed(parts).dense_into(out[: sum(rows), :inputs])
     assert torch.equal(out[:-1, :inputs], want)
     assert bool((out[:, inputs:] == 7.0).all()) and bool((out[-1] == 7.0).all())
     for part, dense in zip(parts, want.split(list(rows)), strict=True):
@@ -127,6 +127,20 @@ def test_adapter_columns_are_block_diagonal(members, rank):
     lora.block_diagonal(blocks, 0.7, ours[:, :width])
     lora.block_diagonal_reference(blocks, 0.7, theirs[:, :width])
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("members", [((0, 70),), ((0, 40), (56, 14)), ((0, 30), (30, 20), (50, 20))])
+@pytest.mark.parametrize("rank", [3, 16])
+def test_blocks_on_the_diagonal_are_added_to_their_members(members, rank):
+    wide = draw(70, rank * len(members) + 3, dtype=torch.float32)[:, : rank * len(members)]
+    ours, theirs = (
+        [(torch.full((rows, rank), 0.5, device=DEVICE), start) for start, rows in members] for _ in range(2)
+    )
+    lora.add_diagonal(wide, ours, 0.7)
+    lora.add_diagonal_reference(wide, theirs, 0.7)
+    for (mine, _), (expected, _) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-6)
+        assert not bool((mine == 0.5).all())
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
