@@ -229,9 +229,9 @@ class Completion(str):
         min_p: float = 0.0,
     ) -> Completion:
         self = super().__new__(cls, text)
-        self.tokens = tuple(int(t) for t in tokens)
-        self.logprobs = tuple(float(v) for v in logprobs)
-        self.prompt_tokens = tuple(int(t) for t in prompt_tokens)
+        self.tokens = tuple(map(int, tokens))
+        self.logprobs = tuple(map(float, logprobs))
+        self.prompt_tokens = tuple(map(int, prompt_tokens))
         self.stop_reason = stop_reason
         self.weights_version = weights_version
         self.id = id or uuid.uuid4().hex

@@ -17,6 +17,9 @@ from .memory import Choice, TrainSettings, choose, describe, sampler_tokens, sma
 
 MAX_ROWS = {"cuda": 256, "cpu": 64}  # samples decoded together
 PINNED_SHARE = 0.5  # of free host memory, for parked moments and activations
+# Free memory is counted in whole grains: a rollout plans each time, and the same plan again is found and not made.
+GRAIN = {"cuda": 2**26, "cpu": 1}
+HOST_GRAIN = 2**30
 PLAIN_LEVELS = ("norms", "layer")  # autograd keeps everything, or the layer is run again
 
 
@@ -137,10 +140,11 @@ def plan_budget(
         plain=model.fast is None,
         dropout=spec is not None and spec.dropout > 0,
         started=True,
-        host_bytes=int(PINNED_SHARE * memory()[1]) if kind == "cuda" else None,
+        host_bytes=int(PINNED_SHARE * memory()[1]) // HOST_GRAIN * HOST_GRAIN if kind == "cuda" else None,
     )
     if free_bytes is None:
         free_bytes = _free_bytes(model.device) + kept_bytes + _dense_bytes(model)
+        free_bytes = free_bytes // GRAIN[kind] * GRAIN[kind]
     loaded = sum(linear.nbytes() for linear in model.projections.values()) + model.head.weight.nbytes
     limit = loaded + usable_bytes(settings, free_bytes)
     most = MAX_ROWS[kind] * model.max_positions

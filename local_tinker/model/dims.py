@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ..errors import ModelError
@@ -92,7 +93,7 @@ class ModelDims:
     def key(self) -> int:
         return self.kv_heads * self.head_dim
 
-    @property
+    @cached_property
     def projections(self) -> dict[str, tuple[int, int]]:
         """(in, out) of a layer's linear projections; fused ones are counted by their parts."""
         h, f, q, k = self.hidden, self.intermediate, self.query, self.key
@@ -106,7 +107,7 @@ class ModelDims:
             "down_proj": (f, h),
         }
 
-    @property
+    @cached_property
     def linear_params(self) -> int:
         """Weights of every layer's projections: what is quantised and what LoRA adapts."""
         return self.layers * sum(i * o for i, o in self.projections.values())

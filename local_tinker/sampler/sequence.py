@@ -110,7 +110,7 @@ class Request:
     n: int = 1
 
     def __post_init__(self) -> None:
-        prompt = tuple(int(token) for token in self.prompt_tokens)
+        prompt = tuple(map(int, self.prompt_tokens))
         if not prompt:
             raise UsageError(
                 "a prompt has no tokens; a model needs at least one to continue (its BOS or EOS token, say)"

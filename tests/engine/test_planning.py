@@ -124,3 +124,14 @@ def test_free_memory_is_what_the_card_has_within_the_share_the_allocator_is_held
     for share, free in ((1.0, 70 + 3), (0.5, 42 + 3), (0.05, 3)):
         monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, share=share: share)
         assert planning._free_bytes(torch.device("cuda")) == free
+
+
+def test_nearly_the_same_memory_is_not_planned_for_again(model, monkeypatch):
+    monkeypatch.setitem(planning.GRAIN, "cpu", planning.GRAIN["cuda"])
+    made, choose = [], planning.choose
+    monkeypatch.setattr(planning, "choose", lambda *args: made.append(args) or choose(*args))
+    planning._choose.cache_clear()
+    for free in (10**9, 10**9 + 10**5, 10**9 - 10**5, 2 * 10**9):
+        monkeypatch.setattr(planning, "_free_bytes", lambda device, free=free: free)
+        assert plan_budget(model, None, micro_batch_tokens=None).limit <= free + 10**8
+    assert len(made) == 2
