@@ -82,6 +82,7 @@ class Meter:
 
             out["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
             out["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
+            out["alloc_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
         return out
 
 

@@ -179,6 +179,7 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
-        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        index = torch.cuda.current_device() if device.index is None else device.index  # what follows wants a number
+        allowed = int(torch.cuda.get_per_process_memory_fraction(index) * total)
         return max(0, min(free, allowed - reserved)) + reserved - torch.cuda.memory_allocated(device)
     return memory()[1]

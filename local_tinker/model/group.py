@@ -85,6 +85,7 @@ class ProjectionGroup:
     residency changes speed and memory, never a result.
 
     Attributes:
+        packed: all weights as one launch reads them, None where they are not NF4.
         below: address of the A matrices that stand below the weights, or None: a pass of another adapter has written
             there since, or the buffer is new.
     """
@@ -98,7 +99,7 @@ class ProjectionGroup:
             edges.append(edges[-1] + linear.out_features)
         self.starts = tuple(edges)
         self._resident: Tensor | None = None
-        self._packed = packed_together(linears)
+        self.packed = packed_together(linears)
         self.below: int | None = None
         self._bias = self._stack_bias()
 
@@ -151,8 +152,8 @@ class ProjectionGroup:
         first = self.linears[0]
         buffer = torch.empty(shape, dtype=first.dtype, device=first.weight.device)
         weights = buffer[: self.outputs, : self.inputs]
-        if self._packed is not None and nf4_serves(weights):
-            self._packed.dense_into(weights)
+        if self.packed is not None and nf4_serves(weights):
+            self.packed.dense_into(weights)
         else:
             for linear, start in zip(self.linears, self.starts, strict=False):
                 linear.dense_into(weights[start : start + linear.out_features])

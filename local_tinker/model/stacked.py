@@ -109,6 +109,10 @@ class Stacked:
         """x (B, I) -> W x + b in the first O columns of y, and what the adapter adds to it."""
         linears, outputs = self.group.linears, self.outputs
         if self._direct(x):
+            packed, below = self.group.packed, self._a if self._adapted else None
+            if packed.multiplies(x):
+                y = packed.multiply(x, self.group.bias, below)
+                return y, self._low_rank(None if below is None else y[:, outputs:])
             y = torch.cat([linear.store.multiply(x, linear.bias) for linear in linears], 1)
         elif self.held:
             rows = self._a.shape[0] if self._adapted else 0

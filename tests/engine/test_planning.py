@@ -121,9 +121,11 @@ def test_free_memory_is_what_the_card_has_within_the_share_the_allocator_is_held
     card = {"mem_get_info": (70, 100), "memory_reserved": 8, "memory_allocated": 5}
     for name, value in card.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for share, free in ((1.0, 70 + 3), (0.5, 42 + 3), (0.05, 3)):
-        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, share=share: share)
-        assert planning._free_bytes(torch.device("cuda")) == free
+        # torch refuses a device without an index here
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", {0: share, 1: 0.01}.__getitem__)
+        assert planning._free_bytes(torch.device("cuda")) == planning._free_bytes(torch.device("cuda:0")) == free
 
 
 def test_nearly_the_same_memory_is_not_planned_for_again(model, monkeypatch):

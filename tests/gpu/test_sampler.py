@@ -144,3 +144,26 @@ def test_an_interrupted_run_leaves_the_engine_usable_and_memory_flat():
         torch.cuda.synchronize()
         seen.append(torch.cuda.memory_allocated())
     assert max(seen[2:]) - min(seen[2:]) < 2**20
+
+
+def test_few_rows_of_a_four_bit_model_are_multiplied_from_the_four_bits(tmp_path, monkeypatch):
+    from local_tinker import ServiceClient
+    from local_tinker.model.kernels.nf4 import Packed
+    from tests import tiny
+
+    folder = tiny.save(tmp_path / "model", hidden_size=256, num_attention_heads=4, intermediate_size=512)
+    trainer = ServiceClient(device="cuda", quiet=True).create_lora_training_client(str(folder), rank=4, quantize="4bit")
+    trainer.forward_backward([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+    trainer.optim_step(learning_rate=1e-2)
+    sampler, multiply, rows = trainer.save_weights_and_get_sampling_client(), Packed.multiply, []
+
+    def counted(self, x, *more):
+        rows.append(x.shape[0])
+        return multiply(self, x, *more)
+
+    monkeypatch.setattr(Packed, "multiply", counted)
+    for n in (1, 2, 3, 4, 6):
+        for completion in sampler.sample_batch([[5, 6, 7]], n, max_tokens=20, stop=[], seed=1)[0]:
+            scores = sampler.compute_logprobs([5, 6, 7, *completion.tokens])[3:]
+            assert completion.logprobs == pytest.approx(scores, abs=BF16_GAP)
+    assert {1, 2, 4} <= set(rows) <= {1, 2, 3, 4}

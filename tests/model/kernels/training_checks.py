@@ -118,6 +118,27 @@ def test_nf4_has_the_bits_of_bitsandbytes(rows, inputs):
         assert torch.equal(expected, dense)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("rows", "inputs"), [((96,), 128), ((40,), 64 * 7), ((72, 24), 64 * 17), ((40, 8, 24), 64 * 7)]
+)
+@pytest.mark.parametrize("more", [False, True])
+def test_a_product_with_nf4_rounds_weights_as_dequantising_does_and_sums_once(count, rows, inputs, more):
+    stored = [NF4Weight(draw(o, inputs, seed=at, scale=0.02 * 4**at)) for at, o in enumerate(rows)]
+    packed = nf4.Packed([(one.stored, one.state) for one in stored])
+    x, bias = draw(count, inputs, seed=5), draw(sum(rows), seed=6) if more else None
+    below = draw(18, inputs + 8, seed=7)[:, :inputs] if more else None
+    assert packed.multiplies(x) and not packed.multiplies(draw(nf4.MOST_ROWS + 1, inputs))
+    weights = torch.cat([one.dense(HALF) for one in stored] + ([below] if more else [])).double()
+    expected = x.double() @ weights.t()
+    if more:
+        expected[:, : sum(rows)] += bias.double()
+    found = packed.multiply(x, bias, below)
+    assert found.shape == expected.shape and found.dtype == HALF
+    rounding = torch.finfo(HALF).eps / 2
+    assert bool(((found.double() - expected).abs() <= expected.abs() * rounding + 2e-4).all())
+
+
 @pytest.mark.parametrize("members", [((0, 70),), ((0, 40), (56, 14)), ((0, 30), (30, 20), (50, 20))])
 @pytest.mark.parametrize("rank", [3, 16])
 def test_adapter_columns_are_block_diagonal(members, rank):
