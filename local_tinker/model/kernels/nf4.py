@@ -20,7 +20,7 @@ from . import KERNEL_DTYPES, tl, triton, triton_ready
 from .launch import kernel
 
 _BLOCK = 2048  # bytes of one program
-MOST_ROWS = 4  # of a product: beyond, the arithmetic takes longer than reading dense weights
+MOST_ROWS = 4  # of a product
 _OUTPUTS, _LOOK, _WARPS = 4, 16, 4  # of one program of a product: outputs, blocks of weights at a time, warps
 
 
