@@ -145,7 +145,9 @@ def plan_budget(
     if free_bytes is None:
         free_bytes = _free_bytes(model.device) + kept_bytes + _dense_bytes(model)
         free_bytes = free_bytes // GRAIN[kind] * GRAIN[kind]
-    loaded = sum(linear.nbytes() for linear in model.projections.values()) + model.head.weight.nbytes
+    # the embeddings as the plan counts them, which are a second table where the head is not tied to them
+    tables = standing_parts(dims, settings, Choice(tokens=0, levels=()))["embeddings and head"]
+    loaded = sum(linear.nbytes() for linear in model.projections.values()) + tables
     limit = loaded + usable_bytes(settings, free_bytes)
     most = MAX_ROWS[kind] * model.max_positions
     return Budget(

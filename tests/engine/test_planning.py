@@ -8,6 +8,7 @@ from local_tinker.engine.footprint import Choice, standing_parts, total_bytes
 from local_tinker.engine.planning import plan_budget
 from local_tinker.model.adapter import AdapterSpec
 from local_tinker.model.load import load_model
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,16 @@ def test_with_little_memory_the_choice_gets_smaller_and_stays_within_it(model):
     assert set(tight.choice.levels) != {"norms"} or tight.micro_batch_tokens < 4096
 
 
-def test_memory_found_is_what_the_plan_is_made_for(model, monkeypatch):
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_found_is_on_top_of_all_that_is_loaded(tmp_path, monkeypatch, tied, dtype):
+    folder = tiny.save(tmp_path / "model", tie_word_embeddings=tied, vocab_size=4000)
+    model = load_model(folder, quantize="4bit", dtype=dtype, device="cpu")
     monkeypatch.setattr(planning, "_free_bytes", lambda device: 10**8)
-    loaded = sum(p.nbytes() for p in model.projections.values()) + model.head.weight.nbytes
+    tables = {t.data_ptr(): t.nbytes for t in (model.plain.model.get_input_embeddings().weight, model.head.weight)}
+    assert len(tables) == 2 - tied
+    wide = 0 if model.head.wide is None else model.head.wide.nbytes
+    loaded = sum(p.nbytes() for p in model.projections.values()) + sum(tables.values()) + wide
     assert plan_budget(model, spec(model), micro_batch_tokens=None).limit == loaded + 8 * 10**7
 
 
