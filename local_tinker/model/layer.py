@@ -27,7 +27,7 @@ from .kernels.rope import Angles, HeadLayout, rotate_back_, rotate_qk
 from .kernels.swiglu import gated, gated_backward_
 from .levels import LEVELS, TILE, TILED
 from .lora import LoraDropout, LoraPair
-from .offload import Parked
+from .offload import Parked, Parking, parking_beside
 from .spec import FamilySpec
 
 Pairs = Mapping[str, LoraPair]
@@ -147,7 +147,7 @@ class DecoderPass:
         self.call, self.levels, self.rows = call, levels, rows
         self._kept: list[_Kept] = []
         self._final: Tensor | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._parking: Parking | None = None
         self._wide: Tensor | None = None
 
     # -- forward -----------------------------------------------------------------------------------------------------
@@ -284,15 +284,15 @@ class DecoderPass:
         self._kept.append(_Kept(h, h2, attention, mlp))
 
     def _park(self, h: Tensor) -> Parked:
-        if self._stream is None and h.is_cuda:
-            self._stream = torch.cuda.Stream(h.device)
-        return Parked(h, self._stream)
+        if h.is_cuda:
+            self._parking = parking_beside(h.device)
+        return Parked(h, self._parking)
 
     def _join_copies(self) -> None:
         """An abandoned pass frees memory that copies still read or write. The allocator waits for the stream that computes
         before it unmaps any, not for theirs."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self.final_norm.device).wait_stream(self._stream)
+        if self._parking is not None:
+            torch.cuda.current_stream(self.final_norm.device).wait_stream(self._parking.stream)
 
     # -- from residual to input and back -----------------------------------------------------------------------------
 
