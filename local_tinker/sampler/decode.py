@@ -238,7 +238,9 @@ class SamplerEngine:
         """The idle workspace, or a new one where another run has it, with room for so many pages."""
         work, self._idle = self._idle, None
         if work is None:
-            work = Workspace(self.forward, shape=self._cache_shape, max_rows=self._max_rows)
+            work = Workspace(
+                self.forward, shape=self._cache_shape, max_rows=self._max_rows, positions=self._max_positions
+            )
         if self._device.type == "cuda" and work.cache.grow(pages + 1, keep=False):
             work.forget_steps()
         return work

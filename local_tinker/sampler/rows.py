@@ -151,12 +151,23 @@ def table_shape(
     )
 
 
-class PageTables:
-    """Page numbers of every row and shared prompt in one buffer, written anew when they change."""
+def most_entries(rows: int, positions: int) -> int:
+    """Numbers in the tables of the most rows, each with a prompt of its own and the longest there may be."""
+    return rows * (2 * pages_for(positions) + _TILE_ROWS)
 
-    def __init__(self, device: torch.device) -> None:
+
+class PageTables:
+    """Page numbers of every row and shared prompt in one buffer, written anew when they change.
+
+    Args:
+        rows, positions: the most there will be. On a card the buffer is made for them, a few megabytes, since every step
+            that was captured is lost when it moves.
+    """
+
+    def __init__(self, device: torch.device, *, rows: int, positions: int) -> None:
         self._device = device
-        self._flat = torch.zeros(0, dtype=torch.int32, device=device)
+        size = most_entries(rows, positions) if device.type == "cuda" else 0
+        self._flat = torch.zeros(size, dtype=torch.int32, device=device)
 
     def fill(self, shape: TableShape, rows: Sequence[Row]) -> bool:
         """Write the tables of the decoding rows; whether the buffer moved, which makes captured steps stale."""

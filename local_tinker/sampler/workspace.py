@@ -61,11 +61,11 @@ class Fetch:
 class Workspace:
     """Belongs to one run at a time."""
 
-    def __init__(self, forward: Forward, *, shape: dict[str, Any], max_rows: int) -> None:
+    def __init__(self, forward: Forward, *, shape: dict[str, Any], max_rows: int, positions: int) -> None:
         self.cache = KVCache(**shape)
         self.device = self.cache.device
         self.rows = DeviceRows(max_rows, self.device)
-        self.tables = PageTables(self.device)
+        self.tables = PageTables(self.device, rows=max_rows, positions=positions)
         self.max_rows = max_rows
         wide = torch.float64 if shape["dtype"] == torch.float64 else torch.float32
         self.out = new_output(STEPS[self.device.type], max_rows, self.device, wide)
