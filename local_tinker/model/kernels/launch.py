@@ -1,9 +1,9 @@
 """Launching a Triton kernel again in half the time.
 
 Before every launch Triton works out how each argument specialises the kernel, makes a string of it, looks for the
-compiled kernel under that and reads its settings: 25 to 40 microseconds of the host's time, where a layer takes 32
-launches and its products leave a card like an H100 idle while it waits for them. `Kernel` remembers which compiled kernel
-arguments like these led to.
+compiled kernel under that and reads its settings: 24 microseconds beside a card, more with many arguments, where a layer
+has 25 to 34 such launches and the card may wait for them. `Kernel` remembers which compiled kernel arguments like these
+led to, which leaves 12.
 """
 
 from __future__ import annotations
