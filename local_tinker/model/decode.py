@@ -19,7 +19,7 @@ from .kernels.decode_attention import decode_attention
 from .kernels.decode_step import HeadNorms, add_low_rank, add_norm, gated_product, rope_write
 from .kernels.norm import rms_norm
 from .kernels.paged import PagedRows
-from .layer import LayerWeights, Pairs
+from .layer_parts import LayerWeights, Pairs
 from .road import FastRoad
 from .stacked import Stacked
 

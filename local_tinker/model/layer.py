@@ -11,109 +11,21 @@ adapters, T = m R rounded up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .attention import Attend
 from .attention import Kept as KeptAttention
 from .group import GroupLora, ProjectionGroup, padded
 from .kernels.norm import add_norm, norm_backward
-from .kernels.rope import Angles, HeadLayout, rotate_back_, rotate_qk
+from .kernels.rope import Angles, rotate_back_, rotate_qk
 from .kernels.swiglu import gated, gated_backward_
-from .levels import LEVELS, TILE, TILED
-from .lora import LoraDropout, LoraPair
+from .layer_parts import AttentionParts, Decoder, KeptLayer, LayerWeights, MlpParts, PassInputs
+from .levels import LEVELS, TILED
 from .offload import Parked, Parking, parking_beside
 from .spec import FamilySpec
-
-Pairs = Mapping[str, LoraPair]
-
-
-@dataclass(frozen=True, eq=False)
-class LayerWeights:
-    """One layer. A norm that the family does not have is None."""
-
-    qkv: ProjectionGroup
-    out: ProjectionGroup
-    gate_up: ProjectionGroup
-    down: ProjectionGroup
-    before_attention: Tensor | None
-    after_attention: Tensor | None
-    before_mlp: Tensor | None
-    after_mlp: Tensor | None
-    heads: HeadLayout
-
-    @property
-    def groups(self) -> tuple[ProjectionGroup, ...]:
-        return self.qkv, self.out, self.gate_up, self.down
-
-    def paths(self) -> tuple[str, ...]:
-        return tuple(path for group in self.groups for path in group.paths)
-
-
-class Decoder(Protocol):
-    """What a pass reads of `road.RoadWeights`."""
-
-    layers: tuple[LayerWeights, ...]
-    final_norm: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class PassInputs:
-    """What is the same for all layers of one pass.
-
-    Attributes:
-        sink: where gradients are added; None: there is no backward. tile: rows of the MLP that are alive at once where
-            nothing of it is kept.
-    """
-
-    attend: Attend
-    pairs: Pairs
-    scale: float
-    dropout: LoraDropout | None
-    angles: dict[str, Angles]
-    sink: Pairs | None
-    tile: int = TILE
-    loras: dict[int, GroupLora | None] = field(default_factory=dict)
-
-    def lora(self, group: ProjectionGroup) -> GroupLora | None:
-        if id(group) not in self.loras:
-            self.loras[id(group)] = group.lora(self.pairs, self.scale, self.dropout)
-        return self.loras[id(group)]
-
-
-@dataclass(eq=False)
-class _Attention:
-    """What the attention half of a layer makes on its way; a field that was let go of is None."""
-
-    qkv: Tensor | None = None
-    thin_qkv: Tensor | None = None
-    out: Tensor | None = None
-    kept: KeptAttention | None = None
-    thin_out: Tensor | None = None
-    projected: Tensor | None = None  # before the norm after attention, where there is one
-
-
-@dataclass(eq=False)
-class _Mlp:
-    gate_up: Tensor | None = None
-    thin_gate_up: Tensor | None = None
-    thin_down: Tensor | None = None
-    projected: Tensor | None = None
-
-
-@dataclass(eq=False)
-class _Kept:
-    """One layer between forward and backward."""
-
-    h: Tensor | Parked
-    h2: Tensor | None
-    attention: _Attention
-    mlp: _Mlp
 
 
 class DecoderBody(torch.autograd.Function):
@@ -145,7 +57,7 @@ class DecoderPass:
     ) -> None:
         self.spec, self.layers, self.final_norm = spec, decoder.layers, decoder.final_norm
         self.call, self.levels, self.rows = call, levels, rows
-        self._kept: list[_Kept] = []
+        self._kept: list[KeptLayer] = []
         self._final: Tensor | None = None
         self._parking: Parking | None = None
         self._wide: Tensor | None = None
@@ -188,7 +100,7 @@ class DecoderPass:
         y = self._after(y, weights.after_attention)
         if level is None or level in TILED:
             if self._keeps:
-                self._keep(h if parked is None else parked, None, _Attention(), _Mlp(), level)
+                self._keep(h if parked is None else parked, None, AttentionParts(), MlpParts(), level)
             del attention
             made = self._mlp_in_tiles(weights, h, y)
             if parked is not None:
@@ -199,14 +111,14 @@ class DecoderPass:
             self._keep(h, h2, attention, mlp, level)
         return h2, self._after(z, weights.after_mlp)
 
-    def _attention(self, index: int, x: Tensor, *, keep: bool) -> tuple[_Attention, Tensor]:
+    def _attention(self, index: int, x: Tensor, *, keep: bool) -> tuple[AttentionParts, Tensor]:
         """The group's input (N, H + T) -> everything on the way, and the projected output (N, H)."""
         weights = self.layers[index]
         qkv, thin_qkv = weights.qkv.forward(x, self.call.lora(weights.qkv))
         out, kept = self._attend(index, rotate_qk(qkv, weights.heads, self._rotation(index)), keep=keep)
         y, thin_out = weights.out.forward(out.flatten(1), self.call.lora(weights.out))
         projected = y if weights.after_attention is not None else None
-        return _Attention(qkv, thin_qkv, out, kept, thin_out, projected), y
+        return AttentionParts(qkv, thin_qkv, out, kept, thin_out, projected), y
 
     def _attend(self, index: int, rotated: Tensor, *, keep: bool) -> tuple[Tensor, KeptAttention | None]:
         spec = self.spec
@@ -220,7 +132,7 @@ class DecoderPass:
         kind = self.spec.ropes[index]
         return None if kind is None else self.call.angles[kind]
 
-    def _mlp(self, weights: LayerWeights, h: Tensor, pending: Tensor | None) -> tuple[Tensor, _Mlp, Tensor]:
+    def _mlp(self, weights: LayerWeights, h: Tensor, pending: Tensor | None) -> tuple[Tensor, MlpParts, Tensor]:
         """-> the residual h2 = h + pending, everything on the way, and the projected output (N, H)."""
         lora = self.call.lora
         h2, x = self._enter(h, pending, weights.before_mlp, weights.gate_up, lora(weights.gate_up))
@@ -229,7 +141,7 @@ class DecoderPass:
         made = gated(gate_up, self.spec.activation, spent=self._wide is not None)
         z, thin_down = weights.down.forward(made, lora(weights.down))
         projected = z if weights.after_mlp is not None else None
-        return h2, _Mlp(gate_up, thin_gate_up, thin_down, projected), z
+        return h2, MlpParts(gate_up, thin_gate_up, thin_down, projected), z
 
     def _scratch(self, x: Tensor, group: ProjectionGroup) -> Tensor | None:
         """Where gate and up of every layer go when nothing is kept. A CPU's allocator hands a block of this size back to
@@ -272,7 +184,9 @@ class DecoderPass:
             for group in groups:
                 group.release()
 
-    def _keep(self, h: Tensor | Parked, h2: Tensor | None, attention: _Attention, mlp: _Mlp, level: str) -> None:
+    def _keep(
+        self, h: Tensor | Parked, h2: Tensor | None, attention: AttentionParts, mlp: MlpParts, level: str
+    ) -> None:
         """Let go of what the level does not keep."""
         depth = LEVELS.index(level)
         if depth >= LEVELS.index("mlp"):
@@ -281,7 +195,7 @@ class DecoderPass:
             attention.qkv = attention.thin_qkv = None
             if not isinstance(attention.kept, Tensor):  # a recorded graph would hold q, k and v
                 attention.out = attention.kept = None
-        self._kept.append(_Kept(h, h2, attention, mlp))
+        self._kept.append(KeptLayer(h, h2, attention, mlp))
 
     def _park(self, h: Tensor) -> Parked:
         if h.is_cuda:
@@ -372,7 +286,7 @@ class DecoderPass:
     def _adapted(self, layer: LayerWeights) -> bool:
         return any(self.call.lora(group) is not None for group in layer.groups)
 
-    def _layer_backward(self, index: int, kept: _Kept, dh: Tensor, *, last: bool) -> None:
+    def _layer_backward(self, index: int, kept: KeptLayer, dh: Tensor, *, last: bool) -> None:
         """dh (N, H + room): the gradient of this layer's output becomes that of its input, in place."""
         weights = self.layers[index]
         h = kept.h.get() if isinstance(kept.h, Parked) else kept.h
@@ -389,7 +303,7 @@ class DecoderPass:
         else:
             with self._dense_mlp(weights):
                 for rows in self._tiles(h):
-                    self._mlp_backward(weights, h[rows], recomputed[rows], _Mlp(), dh[rows])
+                    self._mlp_backward(weights, h[rows], recomputed[rows], MlpParts(), dh[rows])
         del recomputed
         if attention.qkv is None:
             _, x = self._enter(h, None, weights.before_attention, weights.qkv, self.call.lora(weights.qkv))
@@ -399,7 +313,9 @@ class DecoderPass:
                 attention.qkv = rotate_qk(attention.qkv, weights.heads, self._rotation(index))
         self._attention_backward(index, h, attention, dh, last=last)
 
-    def _mlp_backward(self, weights: LayerWeights, h: Tensor, pending: Tensor | None, mlp: _Mlp, dh: Tensor) -> None:
+    def _mlp_backward(
+        self, weights: LayerWeights, h: Tensor, pending: Tensor | None, mlp: MlpParts, dh: Tensor
+    ) -> None:
         """dh (N, H + room), in place, through the MLP over the residual h + pending."""
         lora, sink, hidden = self.call.lora, self.call.sink, h.shape[1]
         h2 = h
@@ -419,7 +335,7 @@ class DecoderPass:
         weights.gate_up.backward_adapter(q, mlp.gate_up, dx, mlp.thin_gate_up, lora(weights.gate_up), sink)
         mlp.gate_up = mlp.thin_gate_up = mlp.projected = None  # attention comes next and needs the room
 
-    def _attention_backward(self, index: int, h: Tensor, attention: _Attention, dh: Tensor, *, last: bool) -> None:
+    def _attention_backward(self, index: int, h: Tensor, attention: AttentionParts, dh: Tensor, *, last: bool) -> None:
         weights, spec, hidden = self.layers[index], self.spec, h.shape[1]
         lora, sink, rotation = self.call.lora, self.call.sink, self._rotation(index)
         dy = self._before(dh, attention.projected, weights.after_attention, dh.shape[1] - hidden)

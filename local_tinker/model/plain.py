@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import MissingDependencyError, ModelError
 from .attention import ATTENTION_NAME, Attend, VarlenCausal, register
-from .layer import Pairs
+from .layer_parts import Pairs
 from .linear import FrozenLinear, bitsandbytes
 from .lora import LoraDropout, gradient_leaf
 from .road import FastRoad, text_decoder

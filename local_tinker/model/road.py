@@ -18,7 +18,8 @@ from ..errors import ModelError
 from .attention import Attend, VarlenCausal
 from .group import ProjectionGroup
 from .kernels.rope import Angles, HeadLayout
-from .layer import DecoderBody, DecoderPass, LayerWeights, Pairs, PassInputs
+from .layer import DecoderBody, DecoderPass
+from .layer_parts import LayerWeights, Pairs, PassInputs
 from .levels import LEVELS, TILE
 from .linear import FrozenLinear
 from .lora import LoraDropout

@@ -26,7 +26,7 @@ from local_tinker.model.group import ProjectionGroup
 from local_tinker.model.head import Head, target_logprobs
 from local_tinker.model.kernels.attention import PackedBlocks
 from local_tinker.model.kernels.rope import HeadLayout
-from local_tinker.model.layer import LayerWeights
+from local_tinker.model.layer_parts import LayerWeights
 from local_tinker.model.linear import FrozenLinear
 from local_tinker.model.road import FastRoad, RoadWeights
 from local_tinker.model.rope import Rope
