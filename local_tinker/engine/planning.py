@@ -18,7 +18,7 @@ from .memory import Choice, TrainSettings, choose, describe, sampler_tokens, sma
 MAX_ROWS = {"cuda": 256, "cpu": 64}  # samples decoded together
 PINNED_SHARE = 0.5  # of free host memory, for parked moments and activations
 # Free memory is counted in whole grains: a rollout plans each time, and the same plan again is found and not made.
-GRAIN = {"cuda": 2**26, "cpu": 1}
+GRAIN = {"cuda": 2**24, "cpu": 1}
 HOST_GRAIN = 2**30
 PLAIN_LEVELS = ("norms", "layer")  # autograd keeps everything, or the layer is run again
 
