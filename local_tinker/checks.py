@@ -33,6 +33,8 @@ def share(name: str, value: Any) -> float:
 
 
 def token_id(value: Any) -> int:
+    if type(value) is int:  # nearly always, and there are many
+        return value
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -48,6 +50,8 @@ def items(name: str, value: Any) -> tuple[Any, ...]:
 
 
 def flag(value: Any) -> bool:
+    if value is True or value is False:
+        return value
     if isinstance(value, str) or value not in (0, 1):
         raise UsageError(f"trained must hold True or False a token, got {value!r} ({type(value).__name__})")
     return bool(value)
@@ -60,7 +64,7 @@ def logprob(value: Any) -> float:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return type(value) is float or isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def at_least_0(name: str, value: Any) -> None:
