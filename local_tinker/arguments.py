@@ -1,12 +1,13 @@
-"""What callers hand to the clients: kinds of batches and optimiser settings."""
+"""What callers hand to the clients: kinds of batches, optimiser settings, paths."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .checks import whole
 from .errors import UsageError
 from .keywords import hint
 from .types import AdamParams, Completion, Rollout
@@ -32,7 +33,7 @@ def adam_fields(params: Any) -> dict[str, Any]:
     if isinstance(params, Mapping):
         unknown = [name for name in params if name not in fields]
         if unknown:
-            instead = hint(unknown[0], fields)
+            instead = hint(str(unknown[0]), fields)
             raise UsageError(f"optim_step has no setting {unknown[0]!r}{instead}; it takes {', '.join(fields)}")
         return dict(params)
     if not hasattr(params, "learning_rate"):
@@ -60,3 +61,17 @@ def as_path(value: Any, wanted: str) -> Path:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise UsageError(f"{wanted} is a path, as a str or a pathlib.Path; got {value!r}")
     return Path(value)
+
+
+def check_lengths(lengths: Any, longest: int) -> None:
+    """Tokens a document, each a row that the client would train on."""
+    if isinstance(lengths, str) or not isinstance(lengths, Iterable):
+        raise UsageError(f"lengths must be a list of tokens a document, such as [2000, 500], got {lengths!r}")
+    for i, value in enumerate(lengths):
+        whole(f"lengths[{i}]", value, most=longest, why=", the client's max_length")
+
+
+def plain_extra(extra: Any) -> dict[str, Any]:
+    if extra is not None and not isinstance(extra, Mapping):
+        raise UsageError(f"extra must be a dict of JSON values, such as batches(...).state(), got {extra!r}")
+    return dict(extra or {})

@@ -1,11 +1,11 @@
-"""Keywords that other tools call otherwise, and what to say to them and to typing mistakes."""
+"""Calls that do not fit: keywords that other tools call otherwise, typing mistakes, arguments too few or too many."""
 
 from __future__ import annotations
 
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from .errors import UsageError
@@ -105,21 +105,57 @@ def hint(word: str, known: Collection[str]) -> str:
 
 
 def known_keywords(function: F) -> F:
-    """Decorator of functions, methods and classes: a keyword that there is not raises UsageError with the one meant."""
+    """Decorator of functions, methods and classes: a call that does not fit the signature raises UsageError.
+
+    It says which keyword was meant, which argument is missing, came twice or has no place, and which switch (a parameter
+    annotated `bool`) is not True or False: bool("false") is True.
+    """
     if isinstance(function, type):
         function.__init__ = known_keywords(function.__init__)
         return function
-    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    known = [name for name, each in inspect.signature(function).parameters.items() if each.kind in kinds]
-    if known[:1] == ["self"]:
-        del known[0]
+    signature = inspect.signature(function)
+    switches = [name for name, each in signature.parameters.items() if each.annotation in (bool, "bool")]
     verb = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
 
     @functools.wraps(function)
     def checked(*args: Any, **given: Any) -> Any:
-        for word in given:
-            if word not in known:
-                raise UsageError(f"{verb} has no keyword {word!r}{hint(word, known)}; it takes {', '.join(known)}")
+        try:
+            bound = signature.bind(*args, **given)
+        except TypeError:
+            raise UsageError(_misfit(verb, signature, args, given)) from None
+        for name in switches:
+            _check_switch(name, bound.arguments.get(name, False))
         return function(*args, **given)
 
     return checked
+
+
+def _misfit(verb: str, signature: inspect.Signature, args: tuple[Any, ...], given: Mapping[str, Any]) -> str:
+    """Why a call does not fit: what came, what is allowed, what to do."""
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    every = {name: each for name, each in signature.parameters.items() if each.kind in kinds}
+    own = 1 if next(iter(every), "") in ("self", "cls") else 0
+    known, open_ended = list(every)[own:], len(every) < len(signature.parameters)
+    takes = f"it takes {', '.join(known) or 'no arguments'}"
+    for word in given:
+        if word not in known and not open_ended:
+            return f"{verb} has no keyword {word!r}{hint(word, known)}; {takes}"
+    placed = [name for name in known if every[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    came = len(args) - own
+    if came > len(placed):
+        allowed = (
+            f"at most {len(placed)} without their names ({', '.join(placed)})" if placed else "none without a name"
+        )
+        named = [name for name in known if name not in placed]
+        do = f"name the rest: {', '.join(f'{name}=' for name in named)}" if named else "leave the rest out"
+        return f"{verb} got {came} argument{'s' if came > 1 else ''} and takes {allowed}; {do}"
+    twice = [name for name in placed[:came] if name in given]
+    if twice:
+        return f"{verb} got {twice[0]} twice, by its place and as {twice[0]}=; give it once"
+    missing = [n for n in known if every[n].default is inspect.Parameter.empty and n not in {*placed[:came], *given}]
+    return f"{verb} was called without {', '.join(missing)}; {takes}"
+
+
+def _check_switch(name: str, value: Any) -> None:
+    if type(value).__name__ not in ("bool", "bool_"):  # numpy's too
+        raise UsageError(f"{name} must be True or False, got {value!r}")

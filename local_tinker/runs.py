@@ -33,6 +33,7 @@ from .checkpoint import (
     sweep,
 )
 from .errors import CheckpointError, StateError, UsageError
+from .run_record import what_is_wrong
 from .track import METRICS, read_metrics
 
 RECORD = "run.json"
@@ -114,18 +115,16 @@ class Run:
             raise CheckpointError(f"{path} is not a run: its {RECORD} cannot be read ({error.strerror})") from error
         try:
             record = parse_json(raw)
-            version, whole = (
-                record["version"],
-                all(key in record for key in ("id", "name", "status", "config", "created", "sessions")),
-            )
+            version = record["version"]
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path / RECORD} is damaged ({error}); restore or remove the folder") from None
         if version != RECORD_VERSION:
             raise CheckpointError(
                 f"{path / RECORD} has version {version!r}; this local-tinker reads {RECORD_VERSION}: upgrade it"
             )
-        if not whole:
-            raise CheckpointError(f"{path / RECORD} is damaged (a key is missing); restore or remove the folder")
+        wrong = what_is_wrong(record)
+        if wrong:
+            raise CheckpointError(f"{path / RECORD} is damaged ({wrong}); restore or remove the folder")
         return cls(path, record)
 
     @property
@@ -157,12 +156,12 @@ class Run:
 
     @property
     def cause(self) -> str | None:
-        return PROCESS_GONE if self._died() else self._record["cause"]
+        return PROCESS_GONE if self._died() else self._record.get("cause")
 
     @property
     def seconds(self) -> float:
         """Time spent in sessions that ended, and in this one if it is ours."""
-        done = sum(session["seconds"] or 0.0 for session in self._record["sessions"])
+        done = sum(session.get("seconds") or 0.0 for session in self._record["sessions"])
         return done + (time.monotonic() - self._began if self._lock else 0.0)
 
     @property
@@ -173,9 +172,9 @@ class Run:
     def adapter(self) -> Path:
         return self.path / "adapter"
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """Rows of metrics.jsonl."""
-        return read_metrics(self.path / METRICS)
+    def metrics(self, *, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+        """Rows of metrics.jsonl; a bad one raises, or is left out when `say` is there to hear of it."""
+        return read_metrics(self.path / METRICS, say=say)
 
     def latest_checkpoint(self, *, say: Callable[[str], None] | None = None) -> Checkpoint | None:
         return latest_valid(self.checkpoints, say=say)
@@ -306,21 +305,21 @@ class Comparison:
     metrics: dict[str, tuple[Any, Any]]
 
 
-def compare(a: Run, b: Run) -> Comparison:
-    """What differs between two runs, and every final metric of either."""
+def compare(a: Run, b: Run, *, say: Callable[[str], None] | None = None) -> Comparison:
+    """What differs between two runs, and every final metric of either. `say` hears of bad metrics, left out."""
     left, right = a.record, b.record
     return Comparison(
         config=_differences(left["config"], right["config"]),
         versions=_differences(left.get("versions", {}), right.get("versions", {})),
         data=_differences(left.get("data", {}), right.get("data", {})),
-        metrics=_pairs(final_metrics(a), final_metrics(b)),
+        metrics=_pairs(final_metrics(a, say=say), final_metrics(b, say=say)),
     )
 
 
-def final_metrics(run: Run) -> dict[str, float]:
-    """The last value of every metric, and the last `step`."""
+def final_metrics(run: Run, *, say: Callable[[str], None] | None = None) -> dict[str, float]:
+    """The last value of every metric, and the last `step`. `say` hears of bad rows, left out."""
     last: dict[str, float] = {}
-    for row in run.metrics():
+    for row in run.metrics(say=say):
         last.update(row)
     last.pop("time", None)
     return last

@@ -6,7 +6,7 @@ Shapes: P prompts, G completions a prompt.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, overload
 
 from .data.render import Renderer
@@ -54,6 +54,7 @@ class SamplingClient:
         """Names these weights; every completion carries it."""
         return self._snapshot.version
 
+    @known_keywords
     def close(self) -> None:
         """Let the snapshot's memory go. Also happens when the client is garbage collected."""
         self._close()
@@ -117,7 +118,7 @@ class SamplingClient:
             n: None gives one `Completion` a prompt (P,); a number always gives groups, a list of n a prompt (P, G).
                 The other arguments are those of `sample`.
         """
-        if isinstance(prompts, (str, ModelInput)) or not isinstance(prompts, Iterable):
+        if isinstance(prompts, (str, bytes, Mapping, ModelInput)) or not isinstance(prompts, Iterable):
             raise UsageError(
                 f"sample_batch takes a list of prompts, got one {type(prompts).__name__}; use sample, or put it in a list"
             )
@@ -157,6 +158,7 @@ class SamplingClient:
         """Log-prob of each of the prompt's tokens given those before it; None for the first, which nothing precedes."""
         return self._engine.compute_logprobs(self._snapshot.id, self.prompt_tokens(prompt))
 
+    @known_keywords
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
         """The ids this client feeds for a prompt: exactly those that training puts before an answer."""
         if isinstance(prompt, ModelInput) or hasattr(prompt, "to_ints"):
@@ -170,13 +172,15 @@ class SamplingClient:
             return self._renderer.generation_prompt(prompt)
         if isinstance(prompt, Mapping):
             raise UsageError("a prompt is a list of messages, got one message; put it in a list")
-        items = list(prompt) if isinstance(prompt, Iterable) else []
+        # bytes and sets hold whole numbers too, in no order that was meant
+        ordered = isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, Set))
+        items = list(prompt) if ordered else []
         if items and all(isinstance(item, Mapping) for item in items):
             return self._renderer.generation_prompt(items)
         if items and all(isinstance(item, int) and not isinstance(item, bool) for item in items):
             return items
         kinds = ", ".join(sorted({type(item).__name__ for item in items})) or "nothing"
-        got = f"a list of {kinds}" if isinstance(prompt, Iterable) else type(prompt).__name__
+        got = f"a list of {kinds}" if ordered else type(prompt).__name__
         raise UsageError(f"a prompt is a string, a list of messages or a list of token ids; got {got}")
 
     def _requests(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[Request]:

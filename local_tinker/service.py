@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import as_path
 from .checkpoint import read_folder
+from .checks import positive, share, whole
 from .errors import CheckpointError, UsageError
 from .hardware import Hardware, detect
 from .keywords import known_keywords
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 _ENGINES: dict[str, LocalEngine] = {}
 _ENGINES_LOCK = threading.Lock()
 OVERLONG = ("drop", "truncate_prompt", "error")
+MAX_SEED = 2**63 - 1
 
 
 class ServiceClient:
@@ -51,6 +54,8 @@ class ServiceClient:
         if device not in (None, "cuda", "cpu"):
             raise UsageError(f"device must be 'cuda', 'cpu' or None, got {device!r}")
         if engine is not None:
+            if not hasattr(engine, "load_base"):
+                raise UsageError(f"engine must be a LocalEngine, or None for the one of this process; got {engine!r}")
             if device not in (None, engine.device.type):
                 raise UsageError(f"the engine given owns {engine.device.type!r} and device={device!r} was asked for")
             device = engine.device.type
@@ -65,6 +70,7 @@ class ServiceClient:
 
             make_deterministic(say=self._say)
 
+    @known_keywords
     def models(self) -> list[dict[str, Any]]:
         """One dict a known model: name, parameters, quantisation, planned peak, status on this hardware, whether on disk."""
         from .engine.fit import model_table
@@ -108,6 +114,7 @@ class ServiceClient:
         """
         from .training import TrainingClient
 
+        _check_name(base_model)
         options = _options(rank, alpha, target_modules, train_unembed, dropout, seed, micro_batch_tokens)
         start = None if adapter is None else self._adapter(adapter)
         _check_lengths(max_length, overlong)
@@ -165,6 +172,8 @@ class ServiceClient:
         from .data.render import Renderer
         from .sampling import SamplingClient
 
+        _check_name(base_model)
+        whole("seed", seed, least=0, most=MAX_SEED)
         adapter, trained_on = None, frozenset()
         if (Path(base_model) / "adapter_model.safetensors").is_file():
             adapter, config, meta = self._adapter(base_model)
@@ -181,6 +190,7 @@ class ServiceClient:
         snapshot = engine.adapter_snapshot(base.id, adapter, seed=seed)
         return SamplingClient(engine, snapshot, base, renderer, trained_on=trained_on, say=self._say)
 
+    @known_keywords
     def close(self) -> None:
         """Release every model of this client's engine, by default the process's for the device. Clients made from it stop
         working."""
@@ -201,7 +211,7 @@ class ServiceClient:
     def _adapter(self, path: str | Path) -> tuple[SavedAdapter, dict, dict]:
         from .adapter_folder import read_adapter
 
-        return read_adapter(path)
+        return read_adapter(as_path(path, "an adapter to start from"))
 
     def _load(self, name: str, *, quantize: str | None, dtype: str | None) -> tuple[LocalEngine, BaseInfo]:
         from .engine.local import LocalEngine
@@ -210,7 +220,7 @@ class ServiceClient:
         source = resolve(str(name), say=self._say)
         with _ENGINES_LOCK:
             engine = self._own or _ENGINES.setdefault(self._device, LocalEngine(self._device))
-        chosen = dtype or ("bfloat16" if self.hardware.bf16 else "float32")
+        chosen = dtype if dtype is not None else ("bfloat16" if self.hardware.bf16 else "float32")
         base = engine.load_base(str(source.path), name=source.name, quantize=quantize, dtype=chosen, say=self._say)
         return engine, base
 
@@ -250,13 +260,13 @@ def _options(
     from .engine.base import AdapterOptions
 
     return AdapterOptions(
-        rank=_whole("rank", rank),
-        alpha=_positive("alpha", alpha),
-        targets=targets if isinstance(targets, str) else tuple(targets),
+        rank=whole("rank", rank),
+        alpha=positive("alpha", alpha),
+        targets=_targets(targets, train_unembed),
         train_unembed=train_unembed,
-        dropout=_share("dropout", dropout),
-        seed=_whole("seed", seed, least=0),
-        micro_batch_tokens=None if micro_batch_tokens is None else _whole("micro_batch_tokens", micro_batch_tokens),
+        dropout=share("dropout", dropout),
+        seed=whole("seed", seed, least=0, most=MAX_SEED),
+        micro_batch_tokens=None if micro_batch_tokens is None else whole("micro_batch_tokens", micro_batch_tokens),
     )
 
 
@@ -264,22 +274,21 @@ def _check_lengths(max_length: Any, overlong: str) -> None:
     if overlong not in OVERLONG:
         raise UsageError(f"overlong must be one of {', '.join(map(repr, OVERLONG))}, got {overlong!r}")
     if max_length is not None:
-        _whole("max_length", max_length, least=2)
+        whole("max_length", max_length, least=2)
 
 
-def _whole(name: str, value: Any, *, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UsageError(f"{name} must be a whole number >= {least}, got {value!r}")
-    return value
+def _check_name(base_model: Any) -> None:
+    if not isinstance(base_model, (str, os.PathLike)):
+        raise UsageError(f"base_model must be a hub id, a folder or an alias that models() lists, got {base_model!r}")
 
 
-def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise UsageError(f"{name} must be a number > 0, got {value!r}")
-    return float(value)
-
-
-def _share(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise UsageError(f"{name} must be in [0, 1), got {value!r}")
-    return float(value)
+def _targets(targets: Any, train_unembed: bool) -> str | tuple[str, ...]:
+    """Module names. None at all is meant only where the output head is adapted."""
+    if isinstance(targets, str):
+        return targets
+    names = tuple(targets) if isinstance(targets, Iterable) else (None,)
+    if not all(isinstance(name, str) for name in names) or not (names or train_unembed):
+        raise UsageError(
+            f'target_modules must be "all-linear" or module names such as ["q_proj", "v_proj"], got {targets!r}'
+        )
+    return names

@@ -24,6 +24,7 @@ from .errors import CheckpointError, MissingDependencyError, UsageError
 METRICS = "metrics.jsonl"
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 _RESERVED = ("step", "time")
+_NO_ROW = "not a metrics row with a step and numbers"
 # JSON has no such numbers, and a diverged loss must still be recorded.
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -216,30 +217,55 @@ def open_trackers(names: Iterable[str], run: TrackedRun, *, say: Callable[[str],
         raise
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, oldest first. A last line cut by a crash is left out; any other bad line raises."""
+def read_metrics(path: str | Path, *, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl, oldest first. A last line cut by a crash is left out; any other bad line raises.
+
+    Args:
+        say: hears of a cut last line and of bad ones, which are then left out instead of raising.
+    """
     path = Path(path)
     if not path.exists():
         return []
-    return [row for row, _ in _rows(path)]
+    return [row for row, _ in _rows(path, say=say)]
 
 
-def _rows(path: Path) -> list[tuple[dict[str, Any], bytes]]:
-    lines = path.read_bytes().splitlines(keepends=True)
-    rows = []
+def _rows(path: Path, *, say: Callable[[str], None] | None = None) -> list[tuple[dict[str, Any], bytes]]:
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        if say is None:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+        say(f"{path} cannot be read ({error.strerror}); it is left out")
+        return []
+    rows, bad = [], []
     for number, line in enumerate(lines, start=1):
         if number == len(lines) and not line.endswith(b"\n"):
+            if say:
+                say(f"{path} ends in half a line, as a crash leaves it; that line is left out")
             break
-        try:
-            row = parse_json(line)
-            step = row["step"]
-        except (ValueError, TypeError, KeyError):
-            step = None
-        if not isinstance(step, int):
-            raise CheckpointError(f"{path}, line {number}: not a metrics row with a step; mend or remove that line")
-        values = {name: _NOT_FINITE.get(v, v) if isinstance(v, str) else v for name, v in row.items()}
-        rows.append((values, line))
+        values = _row(line)
+        if values is not None:
+            rows.append((values, line))
+        elif say is None:
+            raise CheckpointError(f"{path}, line {number}: {_NO_ROW}; mend or remove that line")
+        else:
+            bad.append(number)
+    if bad:
+        more = f" (nor are {len(bad) - 1} later ones)" if bad[1:] else ""
+        say(f"{path}, line {bad[0]}: {_NO_ROW}{more}; left out")
     return rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The numbers of a line, or None where it holds anything else."""
+    try:
+        row = parse_json(line)
+        values = {name: _NOT_FINITE.get(v, v) if isinstance(v, str) else v for name, v in row.items()}
+    except (ValueError, AttributeError):
+        return None
+    whole = isinstance(values.get("step"), int)
+    right = whole and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values.values())
+    return values if right else None
 
 
 def _truncate(path: Path, last_step: int | None) -> None:

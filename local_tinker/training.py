@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .adapter_folder import CONFIG, adapter_config, write_adapter
-from .arguments import adam_fields, as_path, holds_rollouts, kind_of
+from .arguments import adam_fields, as_path, check_lengths, holds_rollouts, kind_of, plain_extra
 from .checkpoint import dump_json, read_folder, write_folder
+from .checks import at_least_0
 from .custom_loss import evaluate, loss_weights, with_weights
 from .data.datum import check_fields, validate_datums
 from .data.prepare import to_units
@@ -20,7 +21,7 @@ from .engine.local import LocalEngine
 from .errors import CheckpointError, DatasetError, UsageError
 from .keywords import known_keywords
 from .losses import find_loss
-from .losses.base import LossSpec, check_options
+from .losses.base import LossSpec, check_choice, check_options
 from .notices import Notices
 from .objectives import Policy, RolloutCall, RolloutMemory, grpo_call, policy_units, ppo_call
 from .references import ReferenceCache
@@ -76,10 +77,12 @@ class TrainingClient:
         """Rows -> tokens and which of them are trained, exactly as `forward_backward` does it."""
         return self._renderer
 
+    @known_keywords
     def close(self) -> None:
         """Release the adapter, its gradients and moments."""
         self._close()
 
+    @known_keywords
     def try_longest(self, lengths: Sequence[int], *, pairs: bool = False) -> None:
         """Find out now whether the longest documents fit, not when they come up hours later.
 
@@ -90,12 +93,14 @@ class TrainingClient:
             lengths: tokens a document, for a whole batch. pairs: each length is that of both documents of a pair.
 
         Raises:
-            DeviceMemoryError: they fit in no way.
+            UsageError: a length that is no row of this client. DeviceMemoryError: they fit in no way.
         """
+        check_lengths(lengths, self._max_length)
         self._engine.try_longest(self._id, [(n, n) if pairs else (n,) for n in lengths])
 
     # -- passes ------------------------------------------------------------------------------------------------------
 
+    @known_keywords
     def forward_backward(
         self, batch: Any, rewards: Any = None, loss_fn: str | None = None, **options: Any
     ) -> LossResult:
@@ -120,6 +125,7 @@ class TrainingClient:
         self._trained_on |= kinds
         return _with_metrics(result, made.metrics)
 
+    @known_keywords
     def forward(self, batch: Any, rewards: Any = None, loss_fn: str | None = None, **options: Any) -> LossResult:
         """The loss without gradient. With `loss_fn="ppo"` and rewards it also fixes old values and advantages for the rollout:
         later `forward_backward` calls on any of its completions use them."""
@@ -144,6 +150,7 @@ class TrainingClient:
 
         if not callable(fn):
             raise UsageError(f"fn must be a function of the data and their log-probs, got {type(fn).__name__}")
+        check_choice({"loss_fn": loss_fn}, "loss_fn", ("cross_entropy", "sft", "dpo"))
         if self._options.dropout:
             raise UsageError("dropout makes the log-probs of a custom loss random; create the client with dropout=0")
         units, kinds = self._units(batch, "dpo" if loss_fn == "dpo" else "sft", negative_weights=True)
@@ -190,7 +197,7 @@ class TrainingClient:
         }
         given = {name: value for name, value in keywords.items() if value is not None}
         chosen = AdamParams(**{**adam_fields(params), **given})
-        AdamParams(learning_rate=value_learning_rate)  # the same limits hold for it
+        at_least_0("value_learning_rate", value_learning_rate)
         return self._engine.optim_step(self._id, chosen, value_learning_rate=value_learning_rate)
 
     def _call(
@@ -203,7 +210,7 @@ class TrainingClient:
                     f"the second argument {rewards!r} is read as the loss_fn, and loss_fn={loss_fn!r} was given too"
                 )
             rewards, loss_fn = None, rewards
-        spec = find_loss(loss_fn or "sft")
+        spec = find_loss("sft" if loss_fn is None else loss_fn)
         if self._options.dropout and spec.name in _NO_DROPOUT:
             raise UsageError(
                 f"dropout={self._options.dropout} makes log-probs of {spec.name!r} random; create the client with dropout=0"
@@ -219,10 +226,12 @@ class TrainingClient:
             )
         if spec.name == "grpo":
             raise UsageError("grpo takes the groups that sample_batch(prompts, n=8) returns and their rewards")
-        cached = bool(options.get("cache_reference", False)) and spec.name == "dpo"
+        cached = spec.name == "dpo" and "cache_reference" in options
+        if cached:
+            check_choice(options, "cache_reference", (True, False))
         chosen, _ = check_options(spec, {k: v for k, v in options.items() if not (cached and k == "cache_reference")})
         units, kinds = self._units(batch, spec.name, spec=spec)
-        if cached and not chosen["reference_free"]:
+        if cached and options["cache_reference"] and not chosen["reference_free"]:
             units = self._references.add(units, self._score)
         return RolloutCall(LossCall(units, spec.name, chosen)), kinds
 
@@ -274,6 +283,7 @@ class TrainingClient:
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
+    @known_keywords
     def save_weights_and_get_sampling_client(self) -> SamplingClient:
         """A sampler of the weights as they are now; training on leaves its answers unchanged."""
         snapshot = self._engine.snapshot(self._id)
@@ -324,7 +334,7 @@ class TrainingClient:
         config = adapter_config(
             adapter, base_name=self._base.name, linear_paths=self._engine.linear_paths(self._base.id)
         )
-        meta = {"kind": "state", **self._meta(state.meta["step"]), "state": state.meta, "extra": dict(extra or {})}
+        meta = {"kind": "state", **self._meta(state.meta["step"]), "state": state.meta, "extra": plain_extra(extra)}
         written = write_folder(path, {**state.files, CONFIG: dump_json(config)}, meta=meta, overwrite=overwrite)
         if discard_gradients:
             self._engine.discard_gradients(self._id)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import operator
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,19 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from .checks import at_least_0, flag, is_number, items, logprob, token_id
 from .errors import UsageError
 from .keywords import known_keywords
 
 STOP_REASONS = ("stop", "length")
-
-
-def _token_id(value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise UsageError(f"a token id must be a whole number, got {value!r} ({type(value).__name__})") from None
 
 
 @dataclass(frozen=True)
@@ -37,13 +28,14 @@ class EncodedTextChunk:
     tokens: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", tuple(map(_token_id, self.tokens)))
+        object.__setattr__(self, "tokens", tuple(map(token_id, self.tokens)))
 
     @property
     def length(self) -> int:
         return len(self.tokens)
 
 
+@known_keywords
 @dataclass(frozen=True)
 class ModelInput:
     """What the model reads: one or more chunks of token ids (Tinker's name and methods)."""
@@ -51,11 +43,16 @@ class ModelInput:
     chunks: tuple[EncodedTextChunk, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "chunks", tuple(self.chunks))
+        chunks = items("chunks", self.chunks)
+        for chunk in chunks:
+            if not hasattr(chunk, "tokens"):
+                raise UsageError(f"chunks holds {chunk!r}; token ids alone are read by ModelInput.from_ints([...])")
+        object.__setattr__(self, "chunks", chunks)
 
     @classmethod
+    @known_keywords
     def from_ints(cls, tokens: Iterable[int]) -> ModelInput:
-        return cls((EncodedTextChunk(tuple(tokens)),))
+        return cls((EncodedTextChunk(items("tokens", tokens)),))
 
     @classmethod
     def empty(cls) -> ModelInput:
@@ -96,6 +93,7 @@ def _as_array(name: str, value: Any) -> np.ndarray:
     return array if keep_float64 else array.astype(np.float32)
 
 
+@known_keywords
 @dataclass(frozen=True, eq=False)
 class Datum:
     """One training example as tokens: Tinker's `Datum`.
@@ -119,6 +117,10 @@ class Datum:
                     f"model_input must be a ModelInput, got {type(model_input).__name__}; use ModelInput.from_ints"
                 )
             object.__setattr__(self, "model_input", ModelInput.from_ints(model_input.to_ints()))
+        if not isinstance(self.loss_fn_inputs, Mapping):
+            raise UsageError(
+                f"loss_fn_inputs must be a dict such as {{'target_tokens': ids}}, got {type(self.loss_fn_inputs).__name__}"
+            )
         arrays = {name: _as_array(name, value) for name, value in self.loss_fn_inputs.items()}
         object.__setattr__(self, "loss_fn_inputs", arrays)
 
@@ -152,15 +154,14 @@ class AdamParams:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
-            value = getattr(self, name)
-            if not isinstance(value, numbers.Real) or not math.isfinite(value) or value < 0:
-                raise UsageError(f"{name} must be a finite number >= 0, got {value!r}")
+            at_least_0(name, getattr(self, name))
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            if not isinstance(value, numbers.Real) or not 0 <= value < 1:
+            if not is_number(value) or not 0 <= value < 1:
                 raise UsageError(f"{name} must be in [0, 1), got {value!r}")
 
 
+@known_keywords
 @dataclass(frozen=True, eq=False)
 class Rollout:
     """Tokens a policy produced, possibly over several turns with tool tokens between.
@@ -183,8 +184,9 @@ class Rollout:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
-        for name, kind in (("prompt_tokens", int), ("tokens", int), ("trained", bool), ("logprobs", float)):
-            object.__setattr__(self, name, tuple(kind(v) for v in getattr(self, name)))
+        kinds = {"prompt_tokens": token_id, "tokens": token_id, "trained": flag, "logprobs": logprob}
+        for name, kind in kinds.items():
+            object.__setattr__(self, name, tuple(map(kind, items(name, getattr(self, name)))))
         _check_rollout(self)
 
 

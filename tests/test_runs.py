@@ -180,7 +180,7 @@ def test_a_damaged_or_newer_record_is_refused_and_skipped_aloud_in_a_listing(tmp
     good.finish("finished")
     for text, message in (
         (b"{", "is damaged"),
-        (b'{"version": 1}', "a key is missing"),
+        (b'{"version": 1}', "id is missing"),
         (b'{"version": 9}', "version 9; this local-tinker reads 1"),
         (b'{"version": NaN}', "is damaged"),
         (b"[1]", "is damaged"),

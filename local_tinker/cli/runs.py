@@ -47,7 +47,7 @@ def list_(root: Root = Path("runs"), json: AsJson = False) -> None:
         return
     rows = []
     for run in found:
-        last = final_metrics(run)
+        last = final_metrics(run, say=output.note)
         rows.append([run.id, run.status, _number(last.get("step")), _number(last.get("loss")), _time(run.seconds)])
         rows[-1].append(_short(run.cause or ""))
     print(output.table(["RUN", "STATUS", "STEP", "LOSS", "TIME", "CAUSE"], rows, right=_RIGHT, styles=_STYLES))
@@ -62,10 +62,13 @@ def show(
     found = find_run(run, root, say=output.note)
     saved = list_checkpoints(found.checkpoints)
     if json:
-        details = {"metrics": final_metrics(found), "checkpoints": [checkpoint.name for checkpoint in saved]}
+        details = {
+            "metrics": final_metrics(found, say=output.note),
+            "checkpoints": [checkpoint.name for checkpoint in saved],
+        }
         output.as_json(_finite({**found.record, **details}))
         return
-    record = found.record
+    record, last = found.record, final_metrics(found, say=output.note)
     git, best = record.get("git"), record.get("best")
     commit = f"{git['commit'][:12]}{' with changes' if git['dirty'] else ''}" if git else "no repository"
     facts = {
@@ -86,7 +89,7 @@ def show(
     print(_block(found.id, facts))
     for title, values in (
         ("config", record["config"]),
-        ("final metrics", {name: _number(value) for name, value in final_metrics(found).items()}),
+        ("final metrics", {name: _number(value) for name, value in last.items()}),
         ("data (sha256)", record.get("data", {})),
         ("seeds", record.get("seeds", {})),
         ("versions", record.get("versions", {})),
@@ -103,7 +106,7 @@ def compare_(
 ) -> None:
     """Compare two runs: what was set differently, and where each ended."""
     left, right = (find_run(word, root, say=output.note) for word in (first, second))
-    result = compare(left, right)
+    result = compare(left, right, say=output.note)
     parts = {"config": result.config, "data": result.data, "versions": result.versions, "metrics": result.metrics}
     if json:
         output.as_json(_finite({"runs": [left.id, right.id], **parts}))
@@ -134,7 +137,7 @@ def _summary(run: Run) -> dict[str, Any]:
             "created": run.created,
             "seconds": round(run.seconds, 3),
             "folder": str(run.path),
-            "metrics": final_metrics(run),
+            "metrics": final_metrics(run, say=output.note),
         }
     )
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..checks import whole
 from ..errors import DatasetError, StateError, UsageError
 from ..keywords import known_keywords
 from .rows import Rows, digest
@@ -118,9 +119,8 @@ def batches(
         rows: anything with a length and indices: `Rows`, a list, a Dataset.
         drop_last: leave out the last batch of an epoch when it is short.
     """
-    for name, value in (("batch_size", batch_size), ("epochs", epochs)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UsageError(f"{name} must be a whole number >= 1, got {value!r}")
+    for name, value, least in (("batch_size", batch_size, 1), ("epochs", epochs, 1), ("seed", seed, 0)):
+        whole(name, value, least=least)
     if isinstance(rows, str | bytes | dict) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
         raise UsageError(
             f"batches needs rows with a length and indices, got {type(rows).__name__}; give load_rows(...), a list, or "

@@ -238,6 +238,8 @@ def check_grpo(options: Mapping[str, Any]) -> None:
         )
     if constant_length:
         check_number(options, "max_tokens", low=1)
+        if int(options["max_tokens"]) != options["max_tokens"]:
+            raise UsageError(f"max_tokens must be a whole number, got {options['max_tokens']!r}")
 
 
 def _policy_inputs(out: LossInputs, data: LossData) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

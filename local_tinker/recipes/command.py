@@ -103,7 +103,7 @@ def parse(words: Sequence[str], *, loss: str | None = None, environ: dict[str, s
             given[name] = replace(given[name], value=beside(given[name].value, path))
     every = [find_recipe(name).Config for name in RECIPES]
     given |= sources.collect(sources.read_environment(recipe.Config, every, environ), known)
-    given |= sources.collect(sources.read_flags(flags, recipe.Config), known)
+    given |= sources.collect(sources.read_flags(flags, recipe.Config), known, last_wins=True)
     config, to_do = sources.build(recipe.Config, given), {"fresh", "dry_run", "resume"} & set(actions)
     return Job(recipe, str(chosen), config, **{name: actions[name] for name in to_do})
 

@@ -59,7 +59,7 @@ class Common:
     dtype: Dtype | None = option(
         None, "Compute type; default: bfloat16 where the hardware has it.", aliases=("torch_dtype",)
     )
-    seed: int = option(42, "Seed of the adapter, the data order and the sampling.", least=0)
+    seed: int = option(42, "Seed of the adapter, the data order and the sampling.", least=0, below=2**63)
     deterministic: bool = option(False, "On a GPU: kernels whose results repeat bit for bit, at some cost in speed.")
 
     batch_size: int = option(

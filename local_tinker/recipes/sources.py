@@ -95,17 +95,32 @@ def _losses_with(word: str) -> list[str]:
     return [loss for loss, known in every.items() if any(word in (each.name, *each.aliases) for each in known.values())]
 
 
-def collect(pairs: Sequence[tuple[str, Any, str]], known: Mapping[str, Option]) -> dict[str, Given]:
-    """(name, value, where) triples -> field -> value."""
+def collect(
+    pairs: Sequence[tuple[str, Any, str]], known: Mapping[str, Option], *, last_wins: bool = False
+) -> dict[str, Given]:
+    """(name, value, where) triples of one source -> field -> value.
+
+    Args:
+        last_wins: as of flags; a file and the environment have no order that is meant.
+
+    Raises:
+        UsageError: an unknown name, or two names of one field with different values.
+    """
     found: dict[str, Given] = {}
     for name, value, where in pairs:
         word = name.replace("-", "_").lower()
         if word in _SWITCHES:
-            if _boolean(value, where):
-                field, chosen = _SWITCHES[word]
-                found[field] = Given(chosen, where)
-            continue
-        found[canonical(name, known, where)] = Given(value, where)
+            if not _boolean(value, where):
+                continue
+            field, value = _SWITCHES[word]
+        else:
+            field = canonical(name, known, where)
+        before = found.get(field)
+        if before is not None and not last_wins and str(before.value) != str(value):
+            raise UsageError(
+                f"{where}: got {value!r}, and {before.where} gave {before.value!r}: both mean {field}; leave one away"
+            )
+        found[field] = Given(value, where)
     return found
 
 
@@ -269,6 +284,8 @@ def _prepared(given: Given, each: Option) -> Any:
     # true is an int in Python; a switch written where a number belongs is a mistake
     if isinstance(value, bool) and each.kind is not bool:
         raise UsageError(f"{given.where}: got {str(value).lower()}, {each.wants()} is needed")
+    if each.kind is str and value == "":
+        raise UsageError(f"{given.where}: got '', {each.wants()} is needed; leave it away for the default")
     if each.name in _LISTS and isinstance(value, list | dict):
         words = [f"{key}={item}" for key, item in value.items()] if isinstance(value, dict) else map(str, value)
         return ",".join(words)

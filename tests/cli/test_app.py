@@ -2,6 +2,8 @@ import errno
 import os
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -193,3 +195,22 @@ def test_a_reader_that_leaves_early_causes_no_noise():
     command = f"{sys.executable} -m local_tinker models --vram 24 | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stdout == "For a card with 24.0 GiB free:\n" and done.stderr == ""
+
+
+def test_an_interrupt_while_the_command_line_is_imported_ends_with_130():
+    code = (
+        "import sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'local_tinker.cli.app': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "from local_tinker.__main__ import main\n"
+        "sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_the_installed_program_begins_where_an_interrupt_is_answered():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"local-tinker": "local_tinker.__main__:main"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from local_tinker.checkpoint import write_folder
 from local_tinker.cli.runs import runs
-from local_tinker.errors import UsageError
+from local_tinker.errors import CheckpointError, UsageError
 from local_tinker.runs import Run
 from local_tinker.track import JsonlTracker, TrackedRun
 
@@ -126,3 +127,69 @@ def test_the_command_loads_no_torch(tmp_path):
     environment = {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"sessions": []}, r"sessions is \[\]"),
+        ({"sessions": ["x"]}, r"sessions\[0\] is 'x'"),
+        ({"sessions": [{"seconds": "long"}]}, r"sessions\[0\].seconds is 'long'"),
+        ({"config": [1]}, r"config is \[1\]"),
+        ({"created": 3}, "created is 3"),
+        ({"git": "abc"}, "git is 'abc'"),
+        ({"best": {"metric": "x"}}, "best.value is missing"),
+        ({"versions": 3}, "versions is 3"),
+    ],
+)
+def test_a_record_of_the_wrong_kind_is_named_and_the_other_runs_are_listed(history, capsys, change, says):
+    root, alpha, beta = history
+    record = json.loads((beta.path / "run.json").read_text())
+    (beta.path / "run.json").write_text(json.dumps({**record, **change}))
+    assert runs(["list", "--root", str(root)]) == 0
+    out, err = capsys.readouterr()
+    assert alpha.id in out and beta.id not in out
+    assert re.search(rf"run.json is damaged \({says}\); restore or remove the folder", err) and str(beta.path) in err
+    with pytest.raises(CheckpointError, match=says):
+        runs(["show", str(beta.path)])
+
+
+def test_what_a_record_may_lack_is_not_missed(history, capsys):
+    root, alpha, _ = history
+    record = json.loads((alpha.path / "run.json").read_text())
+    for name in ("cause", "git", "best", "data", "seeds", "versions"):
+        del record[name]
+    del record["sessions"][0]["seconds"]
+    (alpha.path / "run.json").write_text(json.dumps(record))
+    assert runs(["show", alpha.id, "--root", str(root)]) == 0
+    assert "status       finished\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (b'{"step": 3, "loss', "metrics.jsonl ends in half a line, as a crash leaves it; that line is left out"),
+        (b"not JSON\n", "metrics.jsonl, line 3: not a metrics row with a step and numbers; left out"),
+        (b'{"step": 3, "loss": [1]}\n', "metrics.jsonl, line 3: not"),
+        (b'{"step": 3, "loss": "high"}\n', "metrics.jsonl, line 3: not"),
+        (b'{"step": true, "loss": 1}\n', "metrics.jsonl, line 3: not"),
+        (b"[3]\n", "metrics.jsonl, line 3: not"),
+        (b"\xff\n" * 3, "line 3: not a metrics row with a step and numbers (nor are 2 later ones); left out"),
+    ],
+)
+def test_damaged_metrics_are_said_once_and_the_rest_is_shown(history, capsys, damage, says):
+    root, alpha, beta = history
+    with open(alpha.path / "metrics.jsonl", "ab") as file:
+        file.write(damage)
+    for words in (["list"], ["show", alpha.id], ["compare", alpha.id, beta.id], ["show", alpha.id, "--json"]):
+        assert runs([*words, "--root", str(root)]) == 0
+        out, err = capsys.readouterr()
+        assert "0.12345" in out and err.count("\n") == 1 and says in err and str(alpha.path) in err
+
+
+def test_metrics_that_cannot_be_read_are_said(history, capsys):
+    root, alpha, _ = history
+    (alpha.path / "metrics.jsonl").unlink()
+    (alpha.path / "metrics.jsonl").mkdir()
+    assert runs(["list", "--root", str(root)]) == 0
+    assert "metrics.jsonl cannot be read (Is a directory); it is left out" in capsys.readouterr().err

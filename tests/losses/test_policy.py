@@ -290,6 +290,7 @@ def test_the_reference_is_needed_only_with_a_kl_term():
         ("grpo", {"aggregation": "constant"}, "give max_tokens="),
         ("grpo", {"max_tokens": 8}, "max_tokens is only read by aggregation='constant'"),
         ("grpo", {"aggregation": "constant", "max_tokens": 0}, "max_tokens must be a finite number >= 1"),
+        ("grpo", {"aggregation": "constant", "max_tokens": 2.5}, "max_tokens must be a whole number, got 2.5"),
         ("grpo", {"kl_estimator": "k1"}, "kl_estimator must be one of 'k3', 'k2', got 'k1'"),
         ("grpo", {"beta": -0.1}, "beta must be a finite number >= 0"),
         ("grpo", {"old_logprobs": "vllm"}, "old_logprobs must be one of 'sampler', 'trainer'"),

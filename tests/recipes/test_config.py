@@ -250,3 +250,30 @@ def test_numbers_in_yaml_follow_version_1_2():
 
     values = sources._yaml(loader_input, Path("x.yaml"))
     assert values == {"a": 1e-4, "b": -0.5, "c": "1_000", "d": "0x10", "e": True, "f": None, "g": "1:30"}
+
+
+def test_two_names_of_one_field_with_different_values_are_refused_where_no_order_is_meant(file):
+    path = file("rank: 8\nlora_r: 16\n")
+    with pytest.raises(UsageError) as caught:
+        config("--config", path)
+    assert str(caught.value) == f"{path}: lora_r: got 16, and {path}: rank gave 8: both mean rank; leave one away"
+    with pytest.raises(UsageError, match="LOCAL_TINKER_RANK: got '8', and LOCAL_TINKER_LORA_R gave '4'"):
+        config(environ={"LOCAL_TINKER_RANK": "8", "LOCAL_TINKER_LORA_R": "4"})
+    with pytest.raises(UsageError, match="load_in_4bit: got '4bit', and .*quantize gave '8bit': both mean quantize"):
+        config("--config", file("quantize: 8bit\nload_in_4bit: true\n"))
+    assert config("--config", file("rank: 8\nlora_r: 8\n")).rank == 8
+    assert config("--rank", "8", "--lora-r", "16").rank == 16
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--output-dir", ""], "--output-dir: got '', text is needed; leave it away for the default"),
+        (["--name="], "--name: got '', text, or none is needed; leave it away"),
+        (["--seed", str(2**63)], "--seed: got '9223372036854775808', a whole number >= 0 and < 9.22337e+18 is needed"),
+    ],
+)
+def test_empty_text_and_a_seed_no_generator_takes_are_refused(words, says):
+    with pytest.raises(UsageError) as caught:
+        config(*words)
+    assert says in str(caught.value)
