@@ -145,3 +145,16 @@ def test_nearly_the_same_memory_is_not_planned_for_again(model, monkeypatch):
         monkeypatch.setattr(planning, "_free_bytes", lambda device, free=free: free)
         assert plan_budget(model, None, micro_batch_tokens=None).limit <= free + 10**8
     assert len(made) == 2
+
+
+def test_on_a_card_the_same_plan_is_found_while_other_programs_take_some_host_memory(model, monkeypatch):
+    made, choose = [], planning.choose
+    monkeypatch.setattr(planning, "choose", lambda *args: made.append(args) or choose(*args))
+    monkeypatch.setattr(planning, "_free_bytes", lambda device: 10**9)
+    monkeypatch.setattr(model, "device", torch.device("cuda"))
+    planning._choose.cache_clear()
+    for available in (64 * 2**30, 64 * 2**30 + 10**8, 65 * 2**30 - 10**6, 200 * 2**30):
+        monkeypatch.setattr(planning, "memory", lambda available=available: (2**40, available))
+        settings = plan_budget(model, None, micro_batch_tokens=None).settings
+        assert 0 <= available * planning.PINNED_SHARE - settings.host_bytes < planning.HOST_GRAIN
+    assert len(made) == 2
