@@ -32,15 +32,18 @@ def share(name: str, value: Any) -> float:
     return float(value)
 
 
-def token_id(value: Any) -> int:
-    if type(value) is int:  # nearly always, and there are many
-        return value
+def integer(name: str, value: Any) -> int:
+    """A whole number of any kind, numpy's too."""
     try:
         if isinstance(value, bool):
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise UsageError(f"a token id must be a whole number, got {value!r} ({type(value).__name__})") from None
+        raise UsageError(f"{name} must be a whole number, got {value!r} ({type(value).__name__})") from None
+
+
+def token_id(value: Any) -> int:
+    return value if type(value) is int else integer("a token id", value)  # nearly always one, and there are many
 
 
 def items(name: str, value: Any) -> tuple[Any, ...]:

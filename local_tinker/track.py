@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from .checkpoint import parse_json, replace_file
+from .checks import is_number
 from .errors import CheckpointError, MissingDependencyError, UsageError
 
 METRICS = "metrics.jsonl"
@@ -264,7 +265,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except (ValueError, AttributeError):
         return None
     whole = isinstance(values.get("step"), int)
-    right = whole and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values.values())
+    right = whole and all(map(is_number, values.values()))
     return values if right else None
 
 

@@ -60,15 +60,12 @@ def show(
 ) -> None:
     """Show one run: how it ended, what it was given, what came out, and what it can be resumed from."""
     found = find_run(run, root, say=output.note)
-    saved = list_checkpoints(found.checkpoints)
+    saved, last = list_checkpoints(found.checkpoints), final_metrics(found, say=output.note)
     if json:
-        details = {
-            "metrics": final_metrics(found, say=output.note),
-            "checkpoints": [checkpoint.name for checkpoint in saved],
-        }
+        details = {"metrics": last, "checkpoints": [checkpoint.name for checkpoint in saved]}
         output.as_json(_finite({**found.record, **details}))
         return
-    record, last = found.record, final_metrics(found, say=output.note)
+    record = found.record
     git, best = record.get("git"), record.get("best")
     commit = f"{git['commit'][:12]}{' with changes' if git['dirty'] else ''}" if git else "no repository"
     facts = {

@@ -6,7 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from heapq import heapreplace
 
-from ..errors import UsageError
+from ..checks import whole
 
 
 def pack(lengths: Sequence[Sequence[int]], *, budget: int) -> list[list[int]]:
@@ -21,8 +21,7 @@ def pack(lengths: Sequence[Sequence[int]], *, budget: int) -> list[list[int]]:
     Returns:
         Micro-batches of unit indices, the one with the longest unit first. A unit over the budget is alone.
     """
-    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
-        raise UsageError(f"the token budget must be a whole number >= 1, got {budget!r}")
+    whole("the token budget", budget)
     sizes = [sum(unit) for unit in lengths]
     order = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
     fitted = _best_fit(order, sizes, budget)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checks import whole
 from ..errors import DatasetError, MissingDependencyError, UsageError
 from ..keywords import known_keywords
 from . import hub, jsonfile
@@ -119,8 +120,8 @@ def load_rows(
 
 
 def _check_count(name: str, value: int | None) -> int | None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-        raise UsageError(f"{name} must be a whole number >= 0, got {value!r}")
+    if value is not None:
+        whole(name, value, least=0)
     return value
 
 

@@ -6,7 +6,6 @@ Shapes: N packed tokens of a micro-batch, K targets a token, S sequences (datums
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import is_number
 from ..errors import UsageError
 from ..keywords import hint
 
@@ -168,8 +168,7 @@ def check_number(
 ) -> None:
     """The option is a finite real number in [low, high] and greater than `above`."""
     value = options[name]
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or value < low or value <= above or value > high:
+    if not is_number(value) or not math.isfinite(value) or value < low or value <= above or value > high:
         limits = [f"> {above:g}"] if above > -math.inf else [f">= {low:g}"] if low > -math.inf else []
         limits += [f"<= {high:g}"] if high < math.inf else []
         raise UsageError(f"{name} must be a finite number{' ' if limits else ''}{' and '.join(limits)}, got {value!r}")

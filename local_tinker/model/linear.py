@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingDependencyError, UsageError
-from .kernels.nf4 import Packed, nf4_serves
+from .kernels.nf4 import Packed
 
 QUANTISERS = (None, "4bit", "8bit")
 NF4_BLOCK = 64  # weights that share one absmax (Dettmers et al., arXiv 2305.14314)
@@ -80,10 +80,7 @@ class NF4Weight:
         )
 
     def dense_into(self, out: Tensor) -> None:
-        if nf4_serves(out):
-            Packed([(self.stored, self.state)]).dense_into(out)
-        else:
-            out.copy_(self.dense(out.dtype))
+        out.copy_(self.dense(out.dtype))  # groups of these dequantise through `Packed` on a card
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         self.state.dtype = dtype if dtype != torch.float64 else torch.float32

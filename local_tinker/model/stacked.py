@@ -143,5 +143,4 @@ class Stacked:
         return None if thin is None else LowRank(thin, self._b, self._scale, self.group.starts)
 
     def _direct(self, x: Tensor) -> bool:
-        four_bit = x.is_cuda and all(linear.storage == "nf4" for linear in self.group.linears)
-        return four_bit and (x.shape[0] <= FOUR_BIT_ROWS or not self.held)
+        return x.is_cuda and self.group.packed is not None and (x.shape[0] <= FOUR_BIT_ROWS or not self.held)

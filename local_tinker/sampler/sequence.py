@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import numbers
 import operator
 import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..checks import integer, is_number
 from ..errors import UsageError
 from ..types import Completion
 from .stop import StopRules, parse_stop
@@ -44,7 +44,7 @@ class SamplingParams:
     stop: Any = None
 
     def __post_init__(self) -> None:
-        max_tokens = _whole("max_tokens", self.max_tokens)
+        max_tokens = integer("max_tokens", self.max_tokens)
         if max_tokens < 1:
             raise UsageError(
                 f"max_tokens must be 1 or more, got {max_tokens}; a prompt alone is scored by compute_logprobs"
@@ -58,7 +58,7 @@ class SamplingParams:
         min_p = _real("min_p", self.min_p)
         if not 0 <= min_p <= 1:
             raise UsageError(f"min_p must be in [0, 1], got {self.min_p}; 0 keeps every token")
-        top_k = None if self.top_k is None else _whole("top_k", self.top_k)
+        top_k = None if self.top_k is None else integer("top_k", self.top_k)
         if top_k is not None and top_k < -1:
             raise UsageError(f"top_k must be 1 or more, or None, 0 or -1 for off, got {top_k}")
         checked = {
@@ -67,7 +67,7 @@ class SamplingParams:
             "top_p": top_p,
             "min_p": min_p,
             "top_k": top_k if top_k is not None and top_k > 0 else None,
-            "seed": None if self.seed is None else _whole("seed", self.seed),
+            "seed": None if self.seed is None else integer("seed", self.seed),
             "stop": None if self.stop is None else parse_stop(self.stop),
         }
         for name, value in checked.items():
@@ -79,17 +79,8 @@ class SamplingParams:
         return self.temperature > 0 and (self.top_k is not None or self.top_p < 1 or self.min_p > 0)
 
 
-def _whole(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise UsageError(f"{name} must be a whole number, got {value!r} ({type(value).__name__})") from None
-
-
 def _real(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if not is_number(value) or not math.isfinite(value):
         raise UsageError(f"{name} must be a finite number, got {value!r} ({type(value).__name__})")
     return float(value)
 
@@ -117,10 +108,10 @@ class Request:
             )
         if min(prompt) < 0:
             raise UsageError(f"prompt_tokens holds id {min(prompt)}; ids start at 0")
-        if _whole("n", self.n) < 1:
+        if integer("n", self.n) < 1:
             raise UsageError(f"n must be 1 or more, got {self.n}")
         object.__setattr__(self, "prompt_tokens", prompt)
-        seed = self.params.seed if self.seed is None else _whole("seed", self.seed)
+        seed = self.params.seed if self.seed is None else integer("seed", self.seed)
         # secrets, not random or torch: their global generators belong to the user's training run.
         object.__setattr__(self, "seed", secrets.randbits(63) if seed is None else seed)
 

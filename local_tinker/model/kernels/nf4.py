@@ -123,6 +123,12 @@ if triton is not None:
                 )  # fmt: skip
 
     @triton.jit
+    def _absmax(CODES, SCALE, TABLE, offset, at, ok, BS2: tl.constexpr):
+        """Of the blocks of weights `at`, from their own double quantisation."""
+        level = tl.load(TABLE + tl.load(CODES + at, mask=ok, other=0).to(tl.int32))
+        return level * tl.load(SCALE + at // BS2, mask=ok, other=0.0) + offset
+
+    @triton.jit
     def _nf4_block(
         Q, CODES, SCALE, OFFSET, count, TABLE, LEVELS, OUT, row_stride, block,
         K: tl.constexpr, BS: tl.constexpr, BS2: tl.constexpr, BLOCK: tl.constexpr,
@@ -133,10 +139,7 @@ if triton is not None:
         ok = i < count
         byte = tl.load(Q + i, mask=ok, other=0).to(tl.int32)
         at = (2 * i) // BS
-        absmax = tl.load(TABLE + tl.load(CODES + at, mask=ok, other=0).to(tl.int32)) * tl.load(
-            SCALE + at // BS2, mask=ok, other=0.0
-        )
-        absmax = absmax + tl.load(OFFSET)
+        absmax = _absmax(CODES, SCALE, TABLE, tl.load(OFFSET), at, ok, BS2)
         dtype = OUT.dtype.element_ty
         high = (tl.load(LEVELS + (byte >> 4)) * absmax).to(dtype)
         low = (tl.load(LEVELS + (byte & 15)) * absmax).to(dtype)
@@ -209,8 +212,7 @@ if triton is not None:
             here = (start + g) < blocks
             at = o[:, None].to(tl.int64) * blocks + (start + g)[None, :]
             inside = ok[:, None] & here[None, :]
-            absmax = tl.load(TABLE + tl.load(CODES + at, mask=inside, other=0).to(tl.int32))
-            absmax = absmax * tl.load(SCALE + at // BS2, mask=inside, other=0.0) + offset
+            absmax = _absmax(CODES, SCALE, TABLE, offset, at, inside, BS2)
             byte = tl.load(Q + at[:, :, None] * half + j[None, None, :], mask=inside[:, :, None], other=0).to(tl.int32)
             high = (tl.load(LEVELS + (byte >> 4)) * absmax[:, :, None]).to(kind).to(tl.float32)
             low = (tl.load(LEVELS + (byte & 15)) * absmax[:, :, None]).to(kind).to(tl.float32)

@@ -103,5 +103,5 @@ def test_the_table_covers_every_kernel():
     }
     defined = {name for file in files for name, value in vars(file).items() if isinstance(value, triton.JITFunction)}
     helpers = "_tile _put _scores _sees _own_span _prefix_span _forward_step _queries_step _keys_step _act _shape"
-    helpers += " _pair_sums _put_outputs _nf4_outputs _dense_outputs _add_block _normalise _turn _halves _weights_of _rotate_heads _rotate_heads_back _copy_heads _nf4_block"
+    helpers += " _absmax _pair_sums _put_outputs _nf4_outputs _dense_outputs _add_block _normalise _turn _halves _weights_of _rotate_heads _rotate_heads_back _copy_heads _nf4_block"
     assert defined - set(helpers.split()) == launched and torch is not None
