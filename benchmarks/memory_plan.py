@@ -2,6 +2,7 @@
 
 python -m benchmarks.memory_plan                  # 1B, 3B and 8B of Llama's sizes with random weights, NF4, rank 32
 python -m benchmarks.memory_plan --sizes llama3b  # some of them
+python -m benchmarks.memory_plan --plain          # on the plain road, which models of other families take
 python -m benchmarks.memory_plan --tiny           # the bookkeeping on a CPU, nothing measured, nothing written
 
 "free" gives the plan 72 GiB. "middle" and "tight" give it what a step of the length needs at the least, and three tenths
@@ -100,7 +101,7 @@ def measure(model, spec, name: str, limit: int, length: int, *, before: int, cud
     }
 
 
-def run(size: str, *, cuda: bool, vocab: int, lengths: tuple[int, ...]) -> list[dict]:
+def run(size: str, *, cuda: bool, vocab: int, lengths: tuple[int, ...], plain: bool = False) -> list[dict]:
     """All lengths and amounts of memory for one model."""
     import torch
 
@@ -108,18 +109,21 @@ def run(size: str, *, cuda: bool, vocab: int, lengths: tuple[int, ...]) -> list[
     from local_tinker.model.adapter import AdapterSpec
     from local_tinker.model.load import load_model
 
+    gc.collect()  # the model before this one
     before = torch.cuda.memory_allocated() if cuda else 0
     with tempfile.TemporaryDirectory() as folder:
         path = random_model(size, Path(folder), vocab=vocab)
         gc.collect()
-        model = load_model(path, quantize="4bit", dtype="bfloat16", device="cuda" if cuda else "cpu")
+        model = load_model(path, quantize="4bit", dtype="bfloat16", device="cuda" if cuda else "cpu", plain_road=plain)
+    assert plain or model.fast is not None, model.said
     shapes = tuple((p, (linear.out_features, linear.in_features)) for p, linear in model.projections.items())
     spec = AdapterSpec(rank=RANK, alpha=RANK, shapes=shapes)
     found = []
     for length in lengths:
         settings = plan_budget(model, spec, micro_batch_tokens=None).settings
         for name, limit in limits(model.dims, settings, length).items():
-            found.append({"model": size} | measure(model, spec, name, limit, length, before=before, cuda=cuda))
+            road = {"model": size} | ({"road": "plain"} if plain else {})
+            found.append(road | measure(model, spec, name, limit, length, before=before, cuda=cuda))
             print(line(found[-1]), flush=True)
             gc.collect()
             if cuda:
@@ -143,12 +147,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="*", default=SIZES)
     parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS)
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     options = parser.parse_args()
     print("model    length memory  limit  plan   peak   error (GiB)")
     if options.tiny:
-        rows = run("tiny", cuda=False, vocab=512, lengths=(64, 600))
+        rows = run("tiny", cuda=False, vocab=512, lengths=(64, 600), plain=options.plain)
         assert len(rows) == 6 and all(row["predicted"] <= row["limit"] for row in rows), rows
         return
     import torch
@@ -156,10 +161,14 @@ def main() -> None:
     torch.cuda.set_per_process_memory_fraction(CAP)
     rows = []
     for size in options.sizes:
-        rows += run(size, cuda=True, vocab=128256, lengths=tuple(options.lengths))
+        rows += run(size, cuda=True, vocab=128256, lengths=tuple(options.lengths), plain=options.plain)
     worst = max(rows, key=lambda row: abs(row["error"]))
     print(f"{len(rows)} configurations; worst error {worst['error']:+.1%}")
-    print(report.write("memory_plan", {"configurations": rows}, folder=options.out))
+    print(
+        report.write(
+            "memory_plan_plain" if options.plain else "memory_plan", {"configurations": rows}, folder=options.out
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -147,8 +147,9 @@ class ProjectionGroup:
         return self._bias
 
     def _dequantised(self, room: int) -> Tensor:
-        """A new buffer (O + room, I), for several members (O + room, I + room); the room is not filled."""
-        shape = (self.outputs + room, self.inputs + (0 if self.single else room))
+        """A new buffer (O + room, I), for several members whose adapter may ride inside (O + room, I + room); the room is
+        not filled."""
+        shape = (self.outputs + room, self.inputs + (0 if self.single or not self._fusable else room))
         first = self.linears[0]
         buffer = torch.empty(shape, dtype=first.dtype, device=first.weight.device)
         weights = buffer[: self.outputs, : self.inputs]
@@ -202,8 +203,12 @@ class ProjectionGroup:
 
     def fused(self, lora: GroupLora | None) -> bool:
         """Whether this pass takes the fused form."""
+        return lora is not None and lora.dropout is None and self._fusable
+
+    @property
+    def _fusable(self) -> bool:
         first = self.linears[0]
-        return lora is not None and lora.dropout is None and first.weight.is_cuda and first.dtype in KERNEL_DTYPES
+        return first.weight.is_cuda and first.dtype in KERNEL_DTYPES
 
     def room(self, like: Tensor, lora: GroupLora | None) -> Tensor:
         """A buffer for the input: (N, I), or (N, I + T) where the fused form wants room for x A^T. Fill the first I."""

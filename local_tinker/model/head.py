@@ -8,10 +8,12 @@ Shapes: N packed tokens, H hidden, V vocabulary, K targets a position, C rows of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .kernels.head import half_over, logit_rows
 from .lora import LoraPair
@@ -41,14 +43,20 @@ class Head:
         if self.weight.device.type == "cpu" and self.weight.dtype in (torch.bfloat16, torch.float16):
             object.__setattr__(self, "wide", self.weight.float())
 
-    def raw(self, h: Tensor, pair: LoraPair | None = None, lora_scale: float = 1.0) -> Tensor:
+    def raw(
+        self,
+        h: Tensor,
+        pair: LoraPair | None = None,
+        lora_scale: float = 1.0,
+        product: Callable[[Tensor, Tensor], Tensor] = F.linear,
+    ) -> Tensor:
         """h (C, H) -> h W^T + s (h A^T) B^T + b (C, V) in fp32 (fp64 for fp64 input), before scale and cap."""
         if self.wide is not None:
-            z = h.float() @ self.wide.t()
+            z = product(h.float(), self.wide)
         elif h.is_cuda and h.dtype in (torch.bfloat16, torch.float16):
             z = torch.mm(h, self.weight.t(), out_dtype=torch.float32)
         else:
-            z = h @ self.weight.t()
+            z = product(h, self.weight)
         if pair is not None:
             a, b = pair
             z = torch.addmm(z, (h @ a.t()).to(z.dtype), b.t().to(z.dtype), alpha=lora_scale)
@@ -59,9 +67,19 @@ class Head:
         z = z if self.scale == 1.0 else z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
-    def logits(self, h: Tensor, pair: LoraPair | None = None, lora_scale: float = 1.0) -> Tensor:
-        """h (N, H) -> (N, V) fp32 (fp64 for fp64 input)."""
-        return self.shape(self.raw(h, pair, lora_scale))
+    def logits(
+        self,
+        h: Tensor,
+        pair: LoraPair | None = None,
+        lora_scale: float = 1.0,
+        product: Callable[[Tensor, Tensor], Tensor] = F.linear,
+    ) -> Tensor:
+        """h (N, H) -> (N, V) fp32 (fp64 for fp64 input).
+
+        Args:
+            product: of rows and a weight, see `linear.project`.
+        """
+        return self.shape(self.raw(h, pair, lora_scale, product))
 
     def slope(self, z: Tensor) -> Tensor | float:
         """d shaped / d raw, from shaped logits."""

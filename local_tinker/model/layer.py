@@ -78,6 +78,15 @@ class DecoderPass:
         h, pending = flow
         if self.rows is not None:
             h, pending = h.index_select(0, self.rows), pending.index_select(0, self.rows)
+        return self.final(h, pending)
+
+    def layer(self, index: int, h: Tensor) -> Tensor:
+        """One layer alone: the residual stream (N, H) before and after it."""
+        h, pending = self._layer(index, [h, None])
+        return h + pending
+
+    def final(self, h: Tensor, pending: Tensor | None = None) -> Tensor:
+        """The final norm of the residual h + pending (N, H)."""
         out = torch.empty_like(h)
         total = add_norm(h, pending, self.final_norm, self.spec.norm_eps, self.spec.norm, out=out)
         if self._keeps:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ModelError
+from .agree import Seen
 from .attention import Attend, VarlenCausal
 from .group import ProjectionGroup
 from .kernels.rope import Angles, HeadLayout
@@ -90,6 +91,15 @@ class FastRoad:
         assert len(levels) == self.spec.layers and set(levels) <= set(LEVELS), f"levels {levels}"
         run = DecoderPass(self.spec, self.weights, call, levels, rows)
         return DecoderBody.apply(self.embed(tokens).requires_grad_(True), run)
+
+    @torch.no_grad()
+    def watched(self, tokens: Tensor, forced: Seen, *, positions: Tensor, attend: Attend) -> Seen:
+        """The base alone, each layer given what it was given there; see `agree`."""
+        run = DecoderPass(
+            self.spec, self.weights, PassInputs(attend, {}, 1.0, None, self._angles(positions), None), None, None
+        )
+        made = tuple(run.layer(index, given) for index, given in enumerate(forced.given))
+        return Seen((self.embed(tokens), *forced.given[1:]), made, run.final(made[-1]))
 
     def embed(self, tokens: Tensor) -> Tensor:
         h = F.embedding(tokens, self.weights.embedding.detach())

@@ -6,7 +6,6 @@ Shapes: B rows, I inputs, O outputs of all parts, R rank padded to a power of tw
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,9 +14,9 @@ from torch.nn import functional as F
 from .group import ProjectionGroup
 from .kernels import power_of_two
 from .kernels.decode_step import LowRank
+from .linear import project
 from .lora import LoraPair
 
-PART_ROWS = 4  # from here on a CPU multiplies part by part
 FOUR_BIT_ROWS = 2  # up to here reading the four-bit values is faster than reading the dense weights beside them
 
 
@@ -118,26 +117,11 @@ class Stacked:
             rows = self._a.shape[0] if self._adapted else 0
             bias = None if self._bias is None else self._bias[: outputs + rows]
             weight = self.group.with_below(rows)
-            y = self._by_part(x, weight, bias) if self._in_parts(x) else F.linear(x, weight, bias)
+            y = project(x, weight, bias)
             return y, self._low_rank(y[:, outputs:] if self._adapted else None)
         else:
-            y = F.linear(x, self.group.dense(), self.group.bias)
-        return y, self._low_rank(F.linear(x, self._a) if self._adapted else None)
-
-    def _in_parts(self, x: Tensor) -> bool:
-        """A CPU's library takes 10 to 20 % less time for the parts one by one, but for a few rows."""
-        return len(self.group.linears) > 1 and not x.is_cuda and x.dtype == torch.float32 and x.shape[0] >= PART_ROWS
-
-    def _by_part(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = x.new_empty(x.shape[0], weight.shape[0])
-        edges = (*self.group.starts[:-1], weight.shape[0])  # the last part takes what stands below along
-        for start, stop in pairwise(edges):
-            part, out = weight[start:stop].t(), y[:, start:stop]
-            if bias is None:
-                torch.mm(x, part, out=out)
-            else:
-                torch.addmm(bias[start:stop], x, part, out=out)
-        return y
+            y = project(x, self.group.dense(), self.group.bias)
+        return y, self._low_rank(project(x, self._a) if self._adapted else None)
 
     def _low_rank(self, thin: Tensor | None) -> LowRank | None:
         return None if thin is None else LowRank(thin, self._b, self._scale, self.group.starts)

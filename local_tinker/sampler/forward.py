@@ -5,7 +5,7 @@ Shapes: N packed tokens, B decoding rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from ..model.attention import VarlenCausal
 from ..model.decode import DecodeRoad
 from ..model.kernels.draw import RowState
 from ..model.kernels.paged import PagedRows
+from ..model.linear import project
 from .kv_cache import DecodeAttend, KVCache, PromptAttend
 from .rows import upload
 from .scheduler import Piece
@@ -31,7 +32,7 @@ class Road(Protocol):
 class Head(Protocol):
     """Hidden states (N, H) -> fp32 logits (N, V); `pair` is the head's own adapter, see `model.head`."""
 
-    def logits(self, hidden: Tensor, pair: Any, lora_scale: float) -> Tensor: ...
+    def logits(self, hidden: Tensor, pair: Any, lora_scale: float, product: Callable) -> Tensor: ...
 
 
 class Forward:
@@ -127,5 +128,5 @@ class Forward:
         return self.logits(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        logits = self._head.logits(hidden, self._head_pair, self._scale)
+        logits = self._head.logits(hidden, self._head_pair, self._scale, project)
         return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -6,7 +7,7 @@ import torch
 from torch import nn
 
 from local_tinker.errors import UsageError
-from local_tinker.model.linear import FrozenLinear, bitsandbytes
+from local_tinker.model.linear import ONEDNN_ROWS, FrozenLinear, bitsandbytes, project
 
 
 def frozen(quantize, *, dtype=torch.float32, shape=(96, 128), bias=True):
@@ -120,3 +121,51 @@ def test_importing_bitsandbytes_looks_for_no_kernels_on_a_hub():
 
 def test_bitsandbytes_is_imported_once():
     assert bitsandbytes() is bitsandbytes()
+
+
+def onednn_calls(monkeypatch):
+    """Count what goes to oneDNN."""
+    calls, inner = [], torch.ops.mkldnn._linear_pointwise
+
+    def counting(x, *rest):
+        calls.append(x.shape[0])
+        return inner(x, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counting)
+    return calls
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_few_rows_on_a_cpu_go_to_onednn_and_all_others_to_torch(monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    wide, bias = torch.randn(40, 80, generator=generator), torch.randn(40, generator=generator)
+    weight, part = wide[:, :64].contiguous(), wide[:, :64]
+    calls, rows = onednn_calls(monkeypatch), torch.randn(ONEDNN_ROWS + 1, 64, generator=generator)
+    expected = rows.double() @ weight.double().t() + bias.double()
+    for count in (0, 1, 3, ONEDNN_ROWS, ONEDNN_ROWS + 1):
+        for w in (weight, part):
+            with torch.no_grad():
+                torch.testing.assert_close(
+                    project(rows[:count], w, bias).double(), expected[:count], rtol=1e-5, atol=1e-5
+                )
+                torch.testing.assert_close(
+                    project(rows[:count], w).double(), expected[:count] - bias.double(), rtol=1e-5, atol=1e-5
+                )
+    assert calls == [1, 1, 3, 3, ONEDNN_ROWS, ONEDNN_ROWS]  # weights that are part of something wider are not in there
+    asking = rows[:2].clone().requires_grad_(True)
+    project(asking, weight).sum().backward()
+    torch.testing.assert_close(asking.grad, weight.sum(0).expand(2, 64))
+    half = project(rows[:2].bfloat16(), weight.bfloat16())
+    assert half.dtype == torch.bfloat16 and len(calls) == 6
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("quantize", [None, "4bit"])
+def test_every_product_of_a_decoding_step_on_a_cpu_goes_to_onednn(tiny_model, service, monkeypatch, quantize):
+    trainer = service.create_lora_training_client(str(tiny_model), rank=4, quantize=quantize, dtype="float32")
+    sampler = trainer.save_weights_and_get_sampling_client()
+    sampler.sample("warm", max_tokens=2)
+    calls = onednn_calls(monkeypatch)
+    steps = len(sampler.sample("one two", max_tokens=6, stop=[]).tokens) - 1
+    layers = json.loads((tiny_model / "config.json").read_text())["num_hidden_layers"]
+    assert calls.count(1) >= steps * (4 * layers + 1)  # four groups a layer and the head

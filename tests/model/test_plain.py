@@ -9,10 +9,12 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config
 from transformers.pytorch_utils import Conv1D
 
 from local_tinker.errors import ModelError
+from local_tinker.model import plain as plain_module
+from local_tinker.model.agree import Seen, largest_gap, relative_gap
 from local_tinker.model.attention import VarlenCausal
 from local_tinker.model.linear import FrozenLinear
 from local_tinker.model.lora import LoraDropout
-from local_tinker.model.plain import PlainRoad, probe, relative_gap
+from local_tinker.model.plain import PlainRoad, probe
 from local_tinker.model.road import FastRoad, collect
 from local_tinker.model.spec import spec_for
 from tests.model.families import (
@@ -236,18 +238,90 @@ def test_the_probe_measures_the_gap():
     assert agrees and gap < 1e-6
 
 
-@pytest.mark.parametrize("wrong", ["norm", "packing", "scale"])
+@pytest.mark.parametrize("wrong", ["norm", "packing", "scale", "embedding", "final norm", "order"])
 def test_the_probe_finds_a_wrong_road(wrong):
     fast, plain, _ = roads_of("gemma2")
     if wrong == "norm":
         object.__setattr__(fast.spec, "norm", "scale_then_round")
     elif wrong == "scale":
         object.__setattr__(fast.spec, "attention_scale", fast.spec.attention_scale * 1.1)
-    else:
+    elif wrong == "embedding":
+        fast._embedding_scale *= 1.01
+    elif wrong == "final norm":
+        object.__setattr__(fast.weights, "final_norm", fast.weights.final_norm + 0.01)
+    elif wrong == "order":  # every layer is right by itself
         inner = fast.hidden
-        fast.hidden = lambda tokens, **kw: inner(tokens, **kw | {"attend": VarlenCausal([0, tokens.shape[0]], "cpu")})
+        fast.hidden = lambda tokens, **kw: inner(tokens, **kw).flip(0)
+    else:
+        inner = fast.watched
+        fast.watched = lambda tokens, seen, **kw: inner(
+            tokens, seen, **kw | {"attend": VarlenCausal([0, tokens.shape[0]], "cpu")}
+        )
     agrees, gap = probe(fast, plain, random_tokens(64), tolerance=1e-4)
     assert not agrees and gap > 1e-3
+
+
+class Noisy(VarlenCausal):
+    """As far from the same attention in another order of sums as bf16 may be."""
+
+    def __call__(self, *args, **options):
+        out = super().__call__(*args, **options)
+        return out * (1 + 2**-8 * torch.randn_like(out))
+
+
+class Leaking(Noisy):
+    """And tokens see the document before theirs from layer 60 on."""
+
+    def __call__(self, layer, *args, **options):
+        whole = self if layer < 60 else Noisy([0, self.cu_seqlens[-1]], "cpu")
+        return Noisy.__call__(whole, layer, *args, **options)
+
+
+def deep_bf16():
+    """Of a kind through which differences grow."""
+    model = tiny(config_of("llama", num_hidden_layers=64), dtype=torch.bfloat16)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "embed" not in parameter_name:
+            parameter.data *= 4
+    freeze(model)
+    spec = spec_for(model.config)
+    return FastRoad(spec, collect(model, spec)), model
+
+
+def test_rounding_that_grows_through_a_deep_model_is_no_disagreement(monkeypatch):
+    monkeypatch.setattr(plain_module, "VarlenCausal", Noisy)
+    fast, model = deep_bf16()
+    plain, tokens = PlainRoad(model), random_tokens(64)
+    assert plain.packed, plain.reason
+    call = dict(positions=packed_positions([0, 40, 64]), attend=Noisy([0, 40, 64], "cpu"))
+    ours, theirs = (road.hidden(tokens, **call, pairs={}, scale=1.0) for road in (fast, plain))
+    assert relative_gap(ours, theirs) > 0.15  # whole passes could not be told from wrong ones
+    agrees, gap = probe(fast, plain, tokens, tolerance=5e-2)
+    assert agrees and gap < 4e-2
+
+
+def test_a_mistake_in_a_late_layer_of_a_deep_model_is_found(monkeypatch):
+    monkeypatch.setattr(plain_module, "VarlenCausal", Noisy)
+    fast, model = deep_bf16()
+    plain, weights = PlainRoad(model), fast.weights.layers[60]
+    object.__setattr__(weights, "before_mlp", weights.before_mlp * 1.2)
+    agrees, gap = probe(fast, plain, random_tokens(64), tolerance=5e-2)
+    assert not agrees and gap > 0.06
+    monkeypatch.setattr(plain_module, "VarlenCausal", Leaking)
+    assert "packed documents differ" in PlainRoad(deep_bf16()[1]).reason
+
+
+def test_gaps_are_of_the_worst_part_and_of_what_a_layer_adds():
+    given, made = torch.zeros(4, 4), torch.full((4, 4), 2.0)
+    theirs = Seen((given, made), (made, 3 * made), made)
+    assert largest_gap(theirs, theirs) == 0.0
+    wrong = 3 * made
+    wrong = torch.cat([wrong[:3], wrong[3:] * 1.1])
+    found = largest_gap(Seen(theirs.given, (made, wrong), made), theirs)
+    assert found == pytest.approx(0.15 / 2)  # one token of four by 0.6 where a layer adds 4
+    assert largest_gap(Seen((given + 0.1, made), theirs.made, made), theirs) > 0.1
+    assert largest_gap(Seen(theirs.given, theirs.made, made * 1.2), theirs) == pytest.approx(0.2)
+    assert not largest_gap(Seen(theirs.given, (made, wrong * torch.nan), made), theirs) <= 1e9
 
 
 def test_a_path_that_is_no_projection_is_refused():

@@ -3,7 +3,7 @@ import torch
 from local_tinker.model.decode import DecodeRoad
 from local_tinker.model.group import ProjectionGroup
 from local_tinker.model.linear import FrozenLinear
-from local_tinker.model.stacked import PART_ROWS, Stacked
+from local_tinker.model.stacked import Stacked
 from tests.sampler.test_greedy import fast
 
 SCALE = 0.5
@@ -91,13 +91,3 @@ def test_a_step_keeps_its_version_between_adapters_of_one_shape_and_changes_it_w
         decode.bind(random_pairs(frozen, rank=rank, seed=len(versions)), scale)
         versions.append(decode.version)
     assert versions[0] == versions[1] < versions[2] < versions[3] == versions[4]
-
-
-def test_many_rows_are_multiplied_part_by_part_with_biases_and_adapters():
-    for rows in (PART_ROWS - 1, PART_ROWS, 17):
-        x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(9))
-        stacked = Stacked(group(12, 8, 8))
-        assert stacked._in_parts(x) == (rows >= PART_ROWS)
-        for adapter in ([pair(12, 3, seed=1), None, pair(8, 20, seed=2)], [None] * 3):
-            bound(stacked, adapter)
-            check(stacked, adapter, x)

@@ -17,7 +17,7 @@ class ToyHead:
     def __init__(self, weight):
         self.weight = weight
 
-    def logits(self, hidden, pair=None, lora_scale=1.0):
+    def logits(self, hidden, pair=None, lora_scale=1.0, product=None):
         logits = hidden @ self.weight.T
         if pair is not None:
             logits = logits + lora_scale * (hidden @ pair[0].T) @ pair[1].T
