@@ -42,14 +42,15 @@ def limits(dims, settings, length: int) -> dict[str, int]:
     return {name: least + int(share * span) for name, share in SHARES.items()} | {"free": FREE}
 
 
-def documents(count: int, length: int, vocab: int):
-    """Units of one random document, every token trained."""
+def documents(tokens: int, length: int, vocab: int):
+    """Units of one random document, every token trained, that fill a micro-batch: of `length`, and a shorter last one."""
     import numpy as np
 
     from local_tinker import Datum, ModelInput
 
     rng = np.random.default_rng(0)
-    rows = rng.integers(0, vocab, (count, length + 1)).tolist()
+    lengths = [length] * (tokens // length) + [tokens % length] * (tokens % length > 0)
+    rows = [rng.integers(0, vocab, n + 1).tolist() for n in lengths]
     return [(Datum(ModelInput.from_ints(row[:-1]), {"target_tokens": row[1:]}),) for row in rows]
 
 
@@ -68,8 +69,7 @@ def measure(model, spec, name: str, limit: int, length: int, *, before: int, cud
     trainer = Trainer(model, spec, budget, say=said.append)
     trainer.make_room()
     choice = budget.choice_for(length)
-    count = max(1, choice.tokens // length) if cuda else 1
-    units = documents(count, length, model.vocab_size)
+    units = documents(choice.tokens if cuda else length, length, model.vocab_size)
     call, seconds = LossCall(units, "sft"), []
     for _ in range(2 if cuda else 1):  # kernels are compiled in the first
         if cuda:
@@ -96,7 +96,7 @@ def measure(model, spec, name: str, limit: int, length: int, *, before: int, cud
         "measured": measured,
         "reserved": reserved,
         "error": None if measured is None else predicted / measured - 1,
-        "tokens_per_s": round(len(units) * length / seconds[-1]),
+        "tokens_per_s": round((choice.tokens if cuda else length) / seconds[-1]),
         "stepped_down": len(said),
     }
 

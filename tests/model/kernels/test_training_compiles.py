@@ -49,9 +49,9 @@ PLAIN = [
     (nf4._nf4_dense, "bbwwi" * 3 + "wwhi", dict(PARTS=3, K=3072, BS=64, BS2=256, BLOCK=2048), (0, 0, 8, 3)),
     (
         nf4._nf4_rows,
-        "bbwwi" * 3 + "wwhnhhhiiii",
-        dict(PARTS=3, BS=64, BS2=256, ROWS=4, BIAS=True, BO=4, LOOK=16),
-        (0, 0, 4, 3),
+        "bbwwi" * 3 + "wwhhhhiiiii",
+        dict(PARTS=3, BS=64, BS2=256, BIAS=True, BO=16, S=8, NR=16),
+        (0, 0, 2, 3),
     ),
     (lora._block_diagonal, "hhhhiiiiiiiiir", dict(R=32, ROWS=64, WB=128), (0, 0, 4, 3)),
     (lora._add_diagonal, "wwwwiiiiiiir", dict(R=32, ROWS=64, RB=32), (0, 0, 4, 3)),

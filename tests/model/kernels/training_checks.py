@@ -118,7 +118,7 @@ def test_nf4_has_the_bits_of_bitsandbytes(rows, inputs):
         assert torch.equal(expected, dense)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, nf4.MOST_ROWS])
 @pytest.mark.parametrize(
     ("rows", "inputs"), [((96,), 128), ((40,), 64 * 7), ((72, 24), 64 * 17), ((40, 8, 24), 64 * 7)]
 )
