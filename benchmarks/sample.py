@@ -239,6 +239,7 @@ def one_size(size: str, cases: list[Case], modes: list[str], options, card: dict
     import torch
 
     from local_tinker import ServiceClient
+    from local_tinker.model.stacked import FOUR_BIT_ROWS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder, found = models.folder_for(size), []
@@ -280,7 +281,10 @@ def one_size(size: str, cases: list[Case], modes: list[str], options, card: dict
         if "nf4" in modes:
             service = ServiceClient(device=device, quiet=True)
             small = service.create_sampling_client(str(folder), quantize="4bit", dtype=dtype)
-            found += [ours(small, case, "nf4", card, linear_bytes=0.516 if case.batch <= 4 else 2.0) for case in cases]
+            found += [
+                ours(small, case, "nf4", card, linear_bytes=0.516 if case.batch <= FOUR_BIT_ROWS else 2.0)
+                for case in cases
+            ]
             del small
             service.close()
             clear()

@@ -30,6 +30,7 @@ from .footprint import (
 # Share of free memory a plan may fill. The rest is what the allocator loses between blocks; on a CPU also what other
 # programs take meanwhile, since the system ends a process there without asking.
 USABLE = {"cuda": 0.92, "cpu": 0.80}
+PIECES = 2**30 // 5  # lie unused between tensors in a card's allocator, however little is free (0.15 GiB were seen)
 TOKENS = (8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512)  # micro-batches that are considered
 MOST_TOKENS = {"cuda": 8192, "cpu": 4096}
 LAST_RESORT = 2048  # smaller micro-batches are chosen only where no other way fits
@@ -86,7 +87,9 @@ def plan_training(dims: ModelDims, settings: TrainSettings, free_bytes: int) -> 
 
 
 def usable_bytes(settings: TrainSettings, free_bytes: int) -> int:
-    return int(USABLE[settings.kind] * free_bytes)
+    """What a plan may count on, of memory that is free."""
+    share = int(USABLE[settings.kind] * free_bytes)
+    return share if settings.kind == "cpu" else max(min(share, free_bytes - PIECES), free_bytes // 2)
 
 
 def choose(dims: ModelDims, settings: TrainSettings, limit: int) -> tuple[Choice, bool]:

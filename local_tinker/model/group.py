@@ -149,7 +149,7 @@ class ProjectionGroup:
     def _dequantised(self, room: int) -> Tensor:
         """A new buffer (O + room, I), for several members whose adapter may ride inside (O + room, I + room); the room is
         not filled."""
-        shape = (self.outputs + room, self.inputs + (0 if self.single or not self._fusable else room))
+        shape = (self.outputs + room, self.inputs + (0 if self.single or not self.fusable else room))
         first = self.linears[0]
         buffer = torch.empty(shape, dtype=first.dtype, device=first.weight.device)
         weights = buffer[: self.outputs, : self.inputs]
@@ -203,10 +203,10 @@ class ProjectionGroup:
 
     def fused(self, lora: GroupLora | None) -> bool:
         """Whether this pass takes the fused form."""
-        return lora is not None and lora.dropout is None and self._fusable
+        return lora is not None and lora.dropout is None and self.fusable
 
     @property
-    def _fusable(self) -> bool:
+    def fusable(self) -> bool:
         first = self.linears[0]
         return first.weight.is_cuda and first.dtype in KERNEL_DTYPES
 

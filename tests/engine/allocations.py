@@ -132,10 +132,10 @@ def _card() -> Iterator[None]:
                 if isinstance(value, kernels.triton.JITFunction):
                     patch(module, name, _Silent())
         patch(kernels, "fault", lambda kind: None)
-        patch(ProjectionGroup, "fused", lambda self, lora: lora is not None)
+        patch(ProjectionGroup, "fusable", True)
         patch(group_module, "_product", _wide_product)
         patch(group_module, "_add_product", lambda target, a, b, scale=1.0: None)  # on a card in place
-        patch(Head, "raw", lambda self, h, pair=None, scale=1.0: _wide_product(h, self.weight.t()))
+        patch(Head, "raw", lambda self, h, *_: _wide_product(h, self.weight.t()))
         patch(PackedBlocks, "of", lambda self, size, *, keys: torch.empty(4, 6, dtype=torch.int32))
         patch(layer, "Parked", _Parked)
         patch(layer.DecoderPass, "_park", lambda self, h: _Parked(h, None))

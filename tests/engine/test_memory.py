@@ -8,6 +8,7 @@ from local_tinker.engine.cost import time_per_token
 from local_tinker.engine.footprint import GIB, Choice, TrainSettings, host_bytes, layer_wide_bytes, total_bytes
 from local_tinker.engine.memory import (
     HEAD_ROWS,
+    PIECES,
     TOKENS,
     USABLE,
     choose,
@@ -239,3 +240,10 @@ def test_the_samplers_cache_takes_two_fifths_of_what_the_weights_leave():
     assert sampler_tokens(LLAMA_8B, SETTINGS, 20 * GIB, most=10**9) == int(0.4 * spare) // (128 * 1024)
     assert sampler_tokens(LLAMA_8B, SETTINGS, 20 * GIB, most=5000) == 5000
     assert sampler_tokens(LLAMA_8B, SETTINGS, 0, most=10**9) == 4096
+
+
+def test_a_plan_leaves_a_card_what_lies_between_tensors_however_little_is_free():
+    counted = [usable_bytes(SETTINGS, free) for free in (8 * GIB, 2 * GIB, GIB, GIB // 8)]
+    assert counted == [int(0.92 * 8 * GIB), 2 * GIB - PIECES, GIB - PIECES, GIB // 16]
+    on_a_cpu = replace(SETTINGS, kind="cpu")
+    assert usable_bytes(on_a_cpu, GIB // 8) == int(USABLE["cpu"] * GIB / 8)
