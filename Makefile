@@ -1,6 +1,7 @@
 # make quickstart   a venv in .venv, then a first training run
 # make test         the test suite, as CI runs it
 # make battery      the acceptance tests: kills, resumes, threads, seeded bugs (FULL=1: every size, recorded)
+# make gpu          the tests that need a card
 # make lint         ruff over the tree
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inp
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test battery lint
+.PHONY: help quickstart test battery gpu lint
 
 help:  ## this text
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1  \2/p' Makefile | sed 's/^  make \([a-z]*\) /  make \1\t/'
@@ -24,6 +25,9 @@ test: $(VENV)/.installed-test  ## run the tests
 
 battery: $(VENV)/.installed-test  ## run the acceptance tests (FULL=1: every size, recorded)
 	@FULL=$(FULL) OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m battery tests/battery tests/model/kernels -n auto --maxprocesses 8 --dist worksteal
+
+gpu: $(VENV)/.installed-test  ## run the tests that need a card (NVIDIA, 24 GiB or more)
+	@TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m gpu tests -n 4 --dist loadfile
 
 lint: $(VENV)/.installed-dev  ## check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -351,12 +351,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _add_product(target: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
     """target += scale a b in the target's type."""
-    if _widens(a):
+    if _widens(a) and target.dtype == torch.float32:
         torch.addmm(target, a, b, out_dtype=torch.float32, alpha=scale, out=target)
     elif target.dtype == a.dtype:
         target.addmm_(a, b, alpha=scale)
     else:
-        target.add_(a @ b, alpha=scale)
+        target.add_(_product(a, b), alpha=scale)
 
 
 def _widens(a: Tensor) -> bool:

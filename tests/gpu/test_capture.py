@@ -1,4 +1,4 @@
-"""Captures that come to nothing, and what makes the host wait, on a real card. Run by hand: pytest -m gpu tests/gpu."""
+"""Captures that come to nothing, and what makes the host wait, on a real card. Run by hand: pytest -m gpu tests."""
 
 import gc
 

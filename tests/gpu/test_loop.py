@@ -1,4 +1,4 @@
-"""The whole loop on a card against the same loop on the CPU. Run by hand: pytest -m gpu tests/gpu."""
+"""The whole loop on a card against the same loop on the CPU. Run by hand: pytest -m gpu tests."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Memory on a card: real exhaustion, parked moments, copies beside the computation. Run by hand: pytest -m gpu tests/gpu."""
+"""Memory on a card: real exhaustion, parked moments, copies beside the computation. Run by hand: pytest -m gpu tests."""
 
 import gc
 from dataclasses import replace
