@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelError
+
 SMALL = 1 / 16  # of the residual stream: a layer that adds less is judged against this much, for its sum is rounded
 TINY = 1e-20  # a padding token may be all zeros and stay so
 
@@ -35,6 +37,9 @@ def watch(layers: Sequence[nn.Module], runs: Sequence[Callable[[], Tensor]], for
     Args:
         runs: each gives final hidden states, of which there are one after the other.
         forced: each layer takes what that one was given, instead of what the layer before made; for one run.
+
+    Raises:
+        ModelError: the decoder runs a layer not at all, or several times.
     """
     given: list[list[Tensor]] = [[] for _ in layers]
     made: list[list[Tensor]] = [[] for _ in layers]
@@ -43,7 +48,7 @@ def watch(layers: Sequence[nn.Module], runs: Sequence[Callable[[], Tensor]], for
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             states = args[0] if args else kwargs["hidden_states"]
             given[index].append(states[0])
-            if forced is None:
+            if forced is None or len(given[index]) > 1:
                 return args, kwargs
             instead = forced.given[index].view_as(states)
             return ((instead, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": instead})
@@ -61,6 +66,9 @@ def watch(layers: Sequence[nn.Module], runs: Sequence[Callable[[], Tensor]], for
             hooks.callback(layer.register_forward_pre_hook(before(index), with_kwargs=True).remove)
             hooks.callback(layer.register_forward_hook(after(index)).remove)
         final = torch.cat([run() for run in runs])
+    for index, seen in enumerate(made):
+        if len(seen) != len(runs):
+            raise ModelError(f"layer {index} of its decoder runs {len(seen)} times in {len(runs)} passes")
     return Seen(tuple(map(torch.cat, given)), tuple(map(torch.cat, made)), final)
 
 

@@ -146,8 +146,8 @@ class PlainRoad:
         attend = _Recorder(VarlenCausal([0, CHECK_TOKENS, 2 * CHECK_TOKENS], device))
         base = _Binding({}, {}, 1.0, None, ())
         edges = pairwise(attend.cu_seqlens)
-        alone = watch(self.layers, [partial(self._run, base, tokens[i:j], positions[i:j]) for i, j in edges])
         try:
+            alone = watch(self.layers, [partial(self._run, base, tokens[i:j], positions[i:j]) for i, j in edges])
             self.model.set_attn_implementation(ATTENTION_NAME)
             together = watch(self.layers, [partial(self._run, base, tokens, positions, attend=attend)], alone)
         except (ModelError, TypeError, ValueError, KeyError) as error:

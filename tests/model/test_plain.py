@@ -213,6 +213,15 @@ def test_a_model_outside_the_attention_interface_runs_one_document_a_row():
         run(road, tokens[:1], attend=CacheAttend([0]), positions=torch.tensor([0]))
 
 
+def test_a_model_that_runs_a_layer_twice_runs_one_document_a_row():
+    model, tokens = gpt2(), random_tokens(COUNT)
+    model.transformer.h[1] = model.transformer.h[0]
+    alone = [model.transformer(tokens[None, i:j], use_cache=False).last_hidden_state[0] for i, j in pairwise(EDGES)]
+    road = PlainRoad(model)
+    assert not road.packed and "layer 0 of its decoder runs 4 times in 2 passes" in road.reason
+    torch.testing.assert_close(run(road, tokens), torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_that_hides_its_window_from_attention_runs_one_document_a_row():
     model = tiny(config_of("mistral", sliding_window=20))  # longer than the documents of the check
 
