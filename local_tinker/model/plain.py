@@ -83,8 +83,11 @@ class PlainRoad:
     @torch.no_grad()
     def watched(self, tokens: Tensor, *, positions: Tensor, attend: Attend) -> Seen:
         """The base alone, with what each layer was given and made."""
-        base = _Binding({}, {}, 1.0, None, ())
-        return watch(self.layers, [lambda: self._documents(base, tokens, positions, attend)])
+        run = partial(self._run, _Binding({}, {}, 1.0, None, ()))
+        if self.packed:
+            return watch(self.layers, [partial(run, tokens, positions, attend=attend)])
+        edges = pairwise(attend.cu_seqlens)
+        return watch(self.layers, [partial(run, tokens[i:j], positions[i:j]) for i, j in edges])
 
     def _documents(self, binding: _Binding, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         if self.packed:
