@@ -69,7 +69,8 @@ def measure(model, spec, name: str, limit: int, length: int, *, before: int, cud
     trainer = Trainer(model, spec, budget, say=said.append)
     trainer.make_room()
     choice = budget.choice_for(length)
-    units = documents(choice.tokens if cuda else length, length, model.vocab_size)
+    tokens = choice.tokens if cuda else length
+    units = documents(tokens, length, model.vocab_size)
     call, seconds = LossCall(units, "sft"), []
     for _ in range(2 if cuda else 1):  # kernels are compiled in the first
         if cuda:
@@ -96,7 +97,7 @@ def measure(model, spec, name: str, limit: int, length: int, *, before: int, cud
         "measured": measured,
         "reserved": reserved,
         "error": None if measured is None else predicted / measured - 1,
-        "tokens_per_s": round((choice.tokens if cuda else length) / seconds[-1]),
+        "tokens_per_s": round(tokens / seconds[-1]),
         "stepped_down": len(said),
     }
 
@@ -164,11 +165,8 @@ def main() -> None:
         rows += run(size, cuda=True, vocab=128256, lengths=tuple(options.lengths), plain=options.plain)
     worst = max(rows, key=lambda row: abs(row["error"]))
     print(f"{len(rows)} configurations; worst error {worst['error']:+.1%}")
-    print(
-        report.write(
-            "memory_plan_plain" if options.plain else "memory_plan", {"configurations": rows}, folder=options.out
-        )
-    )
+    name = "memory_plan_plain" if options.plain else "memory_plan"
+    print(report.write(name, {"configurations": rows}, folder=options.out))
 
 
 if __name__ == "__main__":

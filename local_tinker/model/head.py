@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from .kernels.head import half_over, logit_rows
 from .lora import LoraPair
 
+Product = Callable[[Tensor, Tensor], Tensor]  # of rows and a weight
 CHUNK = 1024  # rows; (C, V) fp32 logits of a 128k vocabulary are then 0.5 GiB
 
 
@@ -44,11 +45,7 @@ class Head:
             object.__setattr__(self, "wide", self.weight.float())
 
     def raw(
-        self,
-        h: Tensor,
-        pair: LoraPair | None = None,
-        lora_scale: float = 1.0,
-        product: Callable[[Tensor, Tensor], Tensor] = F.linear,
+        self, h: Tensor, pair: LoraPair | None = None, lora_scale: float = 1.0, product: Product = F.linear
     ) -> Tensor:
         """h (C, H) -> h W^T + s (h A^T) B^T + b (C, V) in fp32 (fp64 for fp64 input), before scale and cap."""
         if self.wide is not None:
@@ -68,11 +65,7 @@ class Head:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def logits(
-        self,
-        h: Tensor,
-        pair: LoraPair | None = None,
-        lora_scale: float = 1.0,
-        product: Callable[[Tensor, Tensor], Tensor] = F.linear,
+        self, h: Tensor, pair: LoraPair | None = None, lora_scale: float = 1.0, product: Product = F.linear
     ) -> Tensor:
         """h (N, H) -> (N, V) fp32 (fp64 for fp64 input).
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, UsageError
+from .agree import relative_gap
 from .decode import DecodeRoad
 from .dims import ModelDims
 from .head import Head
@@ -269,7 +270,7 @@ def _check_head(model: nn.Module, loaded: LoadedModel) -> None:
     theirs = model(input_ids=tokens, use_cache=False).logits[0].float()
     base = model.get_decoder()
     ours = loaded.head.logits(base(input_ids=tokens, use_cache=False).last_hidden_state[0]).float()
-    gap = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
+    gap = relative_gap(ours, theirs)
     if not gap <= PROBE_TOLERANCE[loaded.dtype]:
         raise ModelError(
             f"the logits of {type(model).__name__} are not its head times its hidden states (relative difference {gap:.2g}); "

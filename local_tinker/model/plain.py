@@ -53,6 +53,7 @@ class PlainRoad:
         self.layers = _layers(self.decoder, model.config.get_text_config().num_hidden_layers)
         for index, layer in enumerate(self.layers):
             self._recomputable(index, layer, paths[layer])
+        self.packed = False
         self.reason = self._check_packing()
         self.packed = self.reason is None
 
@@ -148,9 +149,8 @@ class PlainRoad:
         positions = torch.arange(CHECK_TOKENS, device=device).repeat(2)
         attend = _Recorder(VarlenCausal([0, CHECK_TOKENS, 2 * CHECK_TOKENS], device))
         base = _Binding({}, {}, 1.0, None, ())
-        edges = pairwise(attend.cu_seqlens)
         try:
-            alone = watch(self.layers, [partial(self._run, base, tokens[i:j], positions[i:j]) for i, j in edges])
+            alone = self.watched(tokens, positions=positions, attend=attend)
             self.model.set_attn_implementation(ATTENTION_NAME)
             together = watch(self.layers, [partial(self._run, base, tokens, positions, attend=attend)], alone)
         except (ModelError, TypeError, ValueError, KeyError) as error:
@@ -295,4 +295,5 @@ def probe(fast: FastRoad, plain: PlainRoad, tokens: Tensor, *, tolerance: float)
     theirs = plain.watched(tokens, **call)
     gap = largest_gap(fast.watched(tokens, theirs, **call), theirs)
     whole = relative_gap(fast.hidden(tokens, **call, pairs={}, scale=1.0), theirs.final)
-    return max_of(gap, whole / 10) <= tolerance, max_of(gap, whole / 10)
+    largest = max_of(gap, whole / 10)
+    return largest <= tolerance, largest

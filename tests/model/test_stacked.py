@@ -91,3 +91,12 @@ def test_a_step_keeps_its_version_between_adapters_of_one_shape_and_changes_it_w
         decode.bind(random_pairs(frozen, rank=rank, seed=len(versions)), scale)
         versions.append(decode.version)
     assert versions[0] == versions[1] < versions[2] < versions[3] == versions[4]
+
+
+def test_any_number_of_rows_is_multiplied_with_biases_and_adapters():
+    for rows in (3, 4, 17):
+        x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(9))
+        stacked = Stacked(group(12, 8, 8))
+        for adapter in ([pair(12, 3, seed=1), None, pair(8, 20, seed=2)], [None] * 3):
+            bound(stacked, adapter)
+            check(stacked, adapter, x)
