@@ -30,6 +30,9 @@ NORM_AFTER = frozenset({"gemma2", "gemma3_text", "olmo2"})  # a norm follows eac
 HEAD_NORM = frozenset({"qwen3", "gemma3_text", "olmo2"})  # q and k are normed: raw and rotated exist side by side
 # times what our layer keeps, in transformers' modules under PEFT: 1.94 on a 3B, 1.98 on a 7B, measured
 PLAIN_KEEPS = 2
+# An element of a head's scores where a document runs through the model's own attention: at most, and from then to its
+# backward pass, which wants fp32 probabilities and those of the compute type. Counted in transformers' eager attention.
+SCORE_BYTES = 12
 # fp32 logits, their gradient written over them; plain torch makes six copies
 HEAD_LOGIT_BYTES = {"cuda": 4, "cpu": 24}
 MOMENT_SLICE = 2**22  # parameters the optimiser works on at a time; parked moments pass through the card in such slices
@@ -49,6 +52,7 @@ class TrainSettings:
         levels: recompute levels that may be chosen.
         adapter_params: P; None: an adapter of `rank` on every projection.
         plain: the model runs on the plain road.
+        alone: it does so one document a row, and its attention keeps the scores of all pairs of positions.
         dropout: masks are drawn for all rows of a micro-batch at once, so no MLP is computed in tiles.
         started: free memory was measured with the driver and libraries already in place.
         host_bytes: memory that may be pinned for parked moments and offloaded activations; None sets no limit.
@@ -64,6 +68,7 @@ class TrainSettings:
     levels: tuple[str, ...] = LEVELS
     adapter_params: int | None = None
     plain: bool = False
+    alone: bool = False
     dropout: bool = False
     started: bool = False
     host_bytes: int | None = None
@@ -151,11 +156,21 @@ def saved_bytes(dims: ModelDims, settings: TrainSettings, level: str) -> int:
     return {"mlp": mlp, "attention_mlp": attention_mlp}[level]
 
 
+def layer_kept_bytes(dims: ModelDims, settings: TrainSettings, level: str, tokens: int) -> int:
+    """Bytes a layer keeps of a micro-batch. Scores are counted as of one document, which is the most they can be."""
+    scores = 0
+    if settings.alone and level == "norms":
+        scores = dims.heads * tokens**2 * (4 if settings.compute_bytes == 4 else 4 + settings.compute_bytes)
+    return tokens * saved_bytes(dims, settings, level) + scores
+
+
 def live_bytes(dims: ModelDims, settings: TrainSettings, level: str, tokens: int, *, tile: int = TILE) -> int:
     """What one layer holds beside the kept activations at its deepest: in forward, or in either half of its backward."""
     if settings.plain:  # autograd keeps the recomputed layer as it would have kept it before
-        again = 0 if level == "norms" else saved_bytes(dims, settings, "norms")
-        return tokens * (again + settings.compute_bytes * (4 * dims.hidden + 3 * dims.intermediate))
+        kept = layer_kept_bytes(dims, settings, "norms", tokens)
+        scores = SCORE_BYTES * dims.heads * tokens**2 if settings.alone else 0
+        again = tokens * saved_bytes(dims, settings, "norms") + scores - (kept if level == "norms" else 0)
+        return again + tokens * settings.compute_bytes * (4 * dims.hidden + 3 * dims.intermediate)
     tile = min(tokens, tile) if level in TILED and not settings.dropout else tokens
     return settings.compute_bytes * max(
         _forward(dims, settings, level, tokens, tile), *_backward(dims, settings, level, tokens, tile)
@@ -233,7 +248,7 @@ def deepest_moment(dims: ModelDims, settings: TrainSettings, choice: Choice) -> 
     kept = n * (2 * c * dims.head_dim + 64)  # cos and sin; tokens, positions, targets, rows
     moments = []
     for level, count in Counter(choice.levels).items():  # deepest first, as the layers stand
-        kept += count * n * saved_bytes(dims, settings, level)
+        kept += count * layer_kept_bytes(dims, settings, level, n)
         moments.append(
             {"activations": kept, "live layer": live_bytes(dims, settings, level, n, tile=choice.tile), "loss head": 0}
         )

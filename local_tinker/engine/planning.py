@@ -138,6 +138,7 @@ def plan_budget(
         levels=PLAIN_LEVELS if model.fast is None else LEVELS,
         adapter_params=0 if spec is None else spec.numel,
         plain=model.fast is None,
+        alone=model.fast is None and not model.plain.packed,
         dropout=spec is not None and spec.dropout > 0,
         started=True,
         host_bytes=int(PINNED_SHARE * memory()[1]) // HOST_GRAIN * HOST_GRAIN if kind == "cuda" else None,

@@ -54,6 +54,17 @@ def test_memory_found_is_on_top_of_all_that_is_loaded(tmp_path, monkeypatch, tie
     assert plan_budget(model, spec(model), micro_batch_tokens=None).limit == loaded + 8 * 10**7
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_model_that_runs_one_document_a_row_is_planned_with_its_scores(model, monkeypatch, packed):
+    monkeypatch.setattr(model, "fast", None)
+    monkeypatch.setattr(model.plain, "packed", packed)
+    budget = budget_of(model, 2**33, tokens=4096)
+    assert budget.settings.plain and budget.settings.alone == (not packed)
+    without = replace(budget.settings, alone=False)
+    scores = needed(budget) - total_bytes(budget.dims, without, budget.choice)
+    assert (scores >= budget.dims.heads * 4096**2 * 12) == (not packed)
+
+
 def test_the_users_micro_batch_is_taken_as_given(model):
     assert plan_budget(model, spec(model), micro_batch_tokens=77).micro_batch_tokens == 77
 

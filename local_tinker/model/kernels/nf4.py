@@ -1,13 +1,10 @@
-"""NF4 with double-quantised absmax (QLoRA, arXiv 2305.14314, section 3) -> rows of a dense buffer, or the product with a
-few rows of input, in one launch for all weights that read the same input.
+"""NF4 with double-quantised absmax (QLoRA, arXiv 2305.14314, section 3) -> rows of a dense buffer, in one launch for all
+weights that read the same input.
 
 Bit-equal to bitsandbytes, whose three launches (absmax, its offset, the weights) and temporary buffers it replaces:
-products and sums are rounded one by one, so fused multiply-adds are off. A product rounds the weights as dequantising
-does, sums in fp32 and rounds once. It runs on the tensor cores even for one row: what limits it is the number of
-instructions a weight costs, and they take the multiplication and the sum away.
+products and sums are rounded one by one, so fused multiply-adds are off.
 
-Shapes: M rows of input, O outputs, I inputs, T rows of a dense matrix below; two weights a byte, the first in the high half.
-Of one program of a product: BO outputs, S splits of the inputs that go on side by side, NR at least M.
+Shapes: M rows of input, O outputs, I inputs; two weights a byte, the first in the high half.
 """
 
 from __future__ import annotations
@@ -18,13 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import KERNEL_DTYPES, power_of_two, tl, triton, triton_ready
+from . import KERNEL_DTYPES, tl, triton, triton_ready
 from .launch import kernel
+from .nf4_rows import nf4_rows, rows_serve
 
 _BLOCK = 2048  # bytes of one program
-MOST_ROWS = 16  # of a product
-_SPLITS = 8  # of the inputs: with one row as many columns as the smallest product of the tensor cores has
-_TILES = {1: (8, 4), 2: (16, 2)}  # rows -> outputs and warps of one program; the last stands for all above
 
 
 def nf4_serves(out: Tensor) -> bool:
@@ -62,27 +57,11 @@ class Packed:
 
     def multiplies(self, x: Tensor) -> bool:
         """Whether `multiply` takes these rows."""
-        block, small = self._sizes["BS"], all(packed.numel() < 2**31 for packed, _ in self._parts)
-        return nf4_serves(x) and x.shape[0] <= MOST_ROWS and x.shape[1] % block == 0 and x.is_contiguous() and small
+        return rows_serve(x, self._parts)
 
     def multiply(self, x: Tensor, bias: Tensor | None, below: Tensor | None) -> Tensor:
-        """x (M, I) -> [x W^T + b | x B^T] (M, O + T), read from the four-bit values.
-
-        Args:
-            bias: (O,). below: B (T, I) dense, whose rows may be part of something wider; None for T = 0.
-        """
-        inputs, outputs = x.shape[1], sum(2 * packed.numel() // x.shape[1] for packed, _ in self._parts)
-        dense = x if below is None else below
-        more = 0 if below is None else below.shape[0]
-        out = x.new_empty(x.shape[0], outputs + more)
-        own, warps = _TILES[min(x.shape[0], max(_TILES))]
-        programs = sum(-(-2 * packed.numel() // inputs // own) for packed, _ in self._parts) - (-more // own)
-        _nf4_rows[(programs,)](
-            *self._arguments, x, dense, x if bias is None else bias, out, x.shape[0], inputs, dense.stride(0), out.stride(0),
-            more, PARTS=len(self._parts), BS=self._sizes["BS"], BS2=self._sizes["BS2"], BIAS=bias is not None, BO=own,
-            S=_SPLITS, NR=power_of_two(x.shape[0], 1), num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
-        return out
+        """x (M, I) -> [x W^T + b | x B^T], read from the four-bit values; see `nf4_rows`."""
+        return nf4_rows(x, self._parts, bias, below)
 
     def dense_into(self, out: Tensor) -> None:
         """Fill `out` (O, I), whose rows may be part of something wider."""
@@ -127,12 +106,6 @@ if triton is not None:
                 )  # fmt: skip
 
     @triton.jit
-    def _absmax(CODES, SCALE, TABLE, offset, at, ok, BS2: tl.constexpr):
-        """Of the blocks of weights `at`, from their own double quantisation."""
-        level = tl.load(TABLE + tl.load(CODES + at, mask=ok, other=0).to(tl.int32))
-        return level * tl.load(SCALE + at // BS2, mask=ok, other=0.0) + offset
-
-    @triton.jit
     def _nf4_block(
         Q, CODES, SCALE, OFFSET, count, TABLE, LEVELS, OUT, row_stride, block,
         K: tl.constexpr, BS: tl.constexpr, BS2: tl.constexpr, BLOCK: tl.constexpr,
@@ -143,121 +116,11 @@ if triton is not None:
         ok = i < count
         byte = tl.load(Q + i, mask=ok, other=0).to(tl.int32)
         at = (2 * i) // BS
-        absmax = _absmax(CODES, SCALE, TABLE, tl.load(OFFSET), at, ok, BS2)
+        level = tl.load(TABLE + tl.load(CODES + at, mask=ok, other=0).to(tl.int32))
+        absmax = level * tl.load(SCALE + at // BS2, mask=ok, other=0.0) + tl.load(OFFSET)
         dtype = OUT.dtype.element_ty
         high = (tl.load(LEVELS + (byte >> 4)) * absmax).to(dtype)
         low = (tl.load(LEVELS + (byte & 15)) * absmax).to(dtype)
         e = 2 * first + tl.arange(0, 2 * BLOCK)
         row = e // K
         tl.store(OUT + row * row_stride + (e - row * K), tl.interleave(high, low), mask=e < 2 * count)
-
-    @kernel
-    def _nf4_rows(
-        Q0, CODES0, SCALE0, OFFSET0, count0, Q1, CODES1, SCALE1, OFFSET1, count1, Q2, CODES2, SCALE2, OFFSET2, count2,
-        TABLE, LEVELS, X, BELOW, BIASES, Y, rows, inputs, below_row, y_row, below,
-        PARTS: tl.constexpr, BS: tl.constexpr, BS2: tl.constexpr, BIAS: tl.constexpr,
-        BO: tl.constexpr, S: tl.constexpr, NR: tl.constexpr,
-    ):  # fmt: skip
-        """A program gives BO outputs of one part, or of the dense matrix below, for all rows."""
-        block = tl.program_id(0)
-        size0 = 2 * count0 // inputs
-        size1 = 2 * count1 // inputs * (1 if PARTS > 1 else 0)
-        size2 = 2 * count2 // inputs * (1 if PARTS > 2 else 0)
-        first, second, third = tl.cdiv(size0, BO), tl.cdiv(size1, BO), tl.cdiv(size2, BO)
-        if block < first:
-            _nf4_outputs(
-                Q0, CODES0, SCALE0, OFFSET0, size0, TABLE, LEVELS, X, BIASES, Y, rows, inputs, y_row, block, 0,
-                BS, BS2, BIAS, BO, S, NR,
-            )  # fmt: skip
-        elif block < first + second:
-            _nf4_outputs(
-                Q1, CODES1, SCALE1, OFFSET1, size1, TABLE, LEVELS, X, BIASES, Y, rows, inputs, y_row, block - first, size0,
-                BS, BS2, BIAS, BO, S, NR,
-            )  # fmt: skip
-        elif block < first + second + third:
-            _nf4_outputs(
-                Q2, CODES2, SCALE2, OFFSET2, size2, TABLE, LEVELS, X, BIASES, Y, rows, inputs, y_row,
-                block - first - second, size0 + size1, BS, BS2, BIAS, BO, S, NR,
-            )  # fmt: skip
-        else:
-            _dense_outputs(
-                BELOW, below, X, Y, rows, inputs, below_row, y_row, block - first - second - third, size0 + size1 + size2,
-                BS, BO, S, NR,
-            )  # fmt: skip
-
-    @triton.jit
-    def _columns(X, rows, inputs, start, at, BS: tl.constexpr, S: tl.constexpr, NR: tl.constexpr):
-        """Inputs `at` (L,) of blocks start to start + S, a column a block and row (L, S * NR): the tensor cores multiply each
-        split of the weights with every split of the input, of which one counts. So one row fills their eight columns."""
-        n = tl.arange(0, S * NR)
-        block, row = start + n // NR, n % NR
-        ok = (block < inputs // BS) & (row < rows)
-        return tl.load(X + row[None, :] * inputs + block[None, :] * BS + at[:, None], mask=ok[None, :], other=0.0)
-
-    @triton.jit
-    def _put_outputs(
-        Y, BIASES, sums, rows, outputs, y_row, block, base,
-        BIAS: tl.constexpr, BO: tl.constexpr, S: tl.constexpr, NR: tl.constexpr,
-    ):  # fmt: skip
-        """Add up what each split (S * BO, S * NR) gave with its own input, and store."""
-        own, n = tl.arange(0, S * BO) // BO, tl.arange(0, S * NR) // NR
-        sums = tl.where(own[:, None] == n[None, :], sums, 0.0)
-        y = tl.sum(tl.sum(tl.reshape(sums, (S, BO, S, NR)), 2), 0)
-        o, row = block * BO + tl.arange(0, BO), tl.arange(0, NR)
-        if BIAS:
-            y += tl.load(BIASES + base + o, mask=o < outputs, other=0.0).to(tl.float32)[:, None]
-        ok = (o < outputs)[:, None] & (row < rows)[None, :]
-        tl.store(Y + row[None, :] * y_row + base + o[:, None], y.to(Y.dtype.element_ty), mask=ok)
-
-    @triton.jit
-    def _packed_blocks(
-        Q, CODES, SCALE, TABLE, offset, o, ok, block, blocks, BS: tl.constexpr, BS2: tl.constexpr
-    ):  # fmt: skip
-        """Bytes (R, BS / 2) and absmax (R,) of one block of each output `o` (R,)."""
-        half: tl.constexpr = BS // 2
-        at, ok = o * blocks + block, ok & (block < blocks)
-        byte = tl.load(Q + at[:, None] * half + tl.arange(0, half)[None, :], mask=ok[:, None], other=0)
-        return byte, _absmax(CODES, SCALE, TABLE, offset, at, ok, BS2)
-
-    @triton.jit
-    def _levels(table, index):
-        """Of a table of sixteen, through shared memory: reading it from global memory costs an address a weight."""
-        return tl.reshape(tl.gather(table, tl.reshape(index, (index.numel,)), 0), index.shape)
-
-    @triton.jit
-    def _nf4_outputs(
-        Q, CODES, SCALE, OFFSET, outputs, TABLE, LEVELS, X, BIASES, Y, rows, inputs, y_row, block, base,
-        BS: tl.constexpr, BS2: tl.constexpr, BIAS: tl.constexpr, BO: tl.constexpr, S: tl.constexpr, NR: tl.constexpr,
-    ):  # fmt: skip
-        kind: tl.constexpr = Y.dtype.element_ty
-        r, pair = tl.arange(0, S * BO), 2 * tl.arange(0, BS // 2)
-        o, split, blocks = block * BO + r % BO, r // BO, inputs // BS
-        ok, offset, table = o < outputs, tl.load(OFFSET), tl.load(LEVELS + tl.arange(0, 16))
-        sums = tl.zeros([S * BO, S * NR], tl.float32)
-        byte, absmax = _packed_blocks(Q, CODES, SCALE, TABLE, offset, o, ok, split, blocks, BS, BS2)
-        for start in range(0, blocks, S):
-            later, its_absmax = _packed_blocks(
-                Q, CODES, SCALE, TABLE, offset, o, ok, start + S + split, blocks, BS, BS2
-            )
-            index = byte.to(tl.int32)
-            high = (_levels(table, index >> 4) * absmax[:, None]).to(kind)
-            low = (_levels(table, index & 15) * absmax[:, None]).to(kind)
-            sums = tl.dot(high, _columns(X, rows, inputs, start, pair, BS, S, NR), sums)
-            sums = tl.dot(low, _columns(X, rows, inputs, start, pair + 1, BS, S, NR), sums)
-            byte, absmax = later, its_absmax
-        _put_outputs(Y, BIASES, sums, rows, outputs, y_row, block, base, BIAS, BO, S, NR)
-
-    @triton.jit
-    def _dense_outputs(
-        W, outputs, X, Y, rows, inputs, w_row, y_row, block, base,
-        BS: tl.constexpr, BO: tl.constexpr, S: tl.constexpr, NR: tl.constexpr,
-    ):  # fmt: skip
-        r, k = tl.arange(0, S * BO), tl.arange(0, BS)
-        o, split, blocks = block * BO + r % BO, r // BO, inputs // BS
-        sums = tl.zeros([S * BO, S * NR], tl.float32)
-        for start in range(0, blocks, S):
-            ok = (o < outputs) & (start + split < blocks)
-            at = o.to(tl.int64) * w_row + (start + split) * BS
-            w = tl.load(W + at[:, None] + k[None, :], mask=ok[:, None], other=0.0)
-            sums = tl.dot(w, _columns(X, rows, inputs, start, k, BS, S, NR), sums)
-        _put_outputs(Y, Y, sums, rows, outputs, y_row, block, base, False, BO, S, NR)

@@ -47,18 +47,6 @@ PLAIN = [
     (swiglu._gated, "hhii", dict(KIND=0, BLOCK=1024), (0, 0, 4, 3)),
     (swiglu._gated_backward, "hhiii", dict(KIND=2, BLOCK=1024), (0, 0, 4, 3)),
     (nf4._nf4_dense, "bbwwi" * 3 + "wwhi", dict(PARTS=3, K=3072, BS=64, BS2=256, BLOCK=2048), (0, 0, 8, 3)),
-    (
-        nf4._nf4_rows,
-        "bbwwi" * 3 + "wwhhhhiiiii",
-        dict(PARTS=3, BS=64, BS2=256, BIAS=True, BO=16, S=8, NR=16),
-        (0, 0, 2, 3),
-    ),
-    (
-        nf4._nf4_rows,
-        "bbwwi" * 3 + "wwhhhhiiiii",
-        dict(PARTS=1, BS=64, BS2=256, BIAS=False, BO=8, S=8, NR=1),
-        (0, 0, 4, 3),
-    ),
     (lora._block_diagonal, "hhhhiiiiiiiiir", dict(R=32, ROWS=64, WB=128), (0, 0, 4, 3)),
     (lora._add_diagonal, "wwwwiiiiiiir", dict(R=32, ROWS=64, RB=32), (0, 0, 4, 3)),
     (head._logit_rows, "wlwwhiiirr", dict(CAP=True, ENTROPY=True, GRAD=True, BLOCK=4096), (0, 0, 16, 3)),
@@ -109,5 +97,5 @@ def test_the_table_covers_every_kernel():
     }
     defined = {name for file in files for name, value in vars(file).items() if isinstance(value, triton.JITFunction)}
     helpers = "_tile _put _scores _sees _own_span _prefix_span _forward_step _queries_step _keys_step _act _shape"
-    helpers += " _absmax _levels _columns _packed_blocks _put_outputs _nf4_outputs _dense_outputs _add_block _normalise _turn _halves _weights_of _rotate_heads _rotate_heads_back _copy_heads _nf4_block"
+    helpers += " _add_block _normalise _turn _halves _weights_of _rotate_heads _rotate_heads_back _copy_heads _nf4_block"
     assert defined - set(helpers.split()) == launched and torch is not None

@@ -1,0 +1,100 @@
+"""CUDA C++ beside these files, compiled by NVRTC when it is first needed: for what Triton has no words for, which is
+shared memory that a kernel lays out itself.
+
+Compiler and driver are called through cuda-bindings, NVIDIA's own package, which torch brings along on cards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from cuda.bindings import driver, nvrtc
+except ImportError:  # no such card here
+    driver = nvrtc = None
+
+_INT = ctypes.c_int
+
+
+@cache
+def cuda_fault() -> str | None:
+    """Why CUDA C++ cannot be compiled, in words for the user; None where it can."""
+    if nvrtc is None:
+        return "the package cuda-bindings did not import"
+    try:
+        _checked(nvrtc.nvrtcVersion())
+    except RuntimeError as error:  # the bindings are there, the library is not
+        return f"NVRTC did not load: {error}"
+    return None
+
+
+def compiled(name: str, architecture: str, **constants: int | str) -> bytes:
+    """The machine code of `name`.cu for "sm_90" or another, with these macros.
+
+    Raises:
+        RuntimeError: it does not compile; the text is the compiler's.
+    """
+    source = Path(__file__).with_name(f"{name}.cu").read_bytes()
+    program = _checked(nvrtc.nvrtcCreateProgram(source, f"{name}.cu".encode(), 0, [], []))
+    macros = [f"-D{key}={_quoted(value)}".encode() for key, value in constants.items()]
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", *macros]
+    try:
+        (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            _checked(nvrtc.nvrtcGetProgramLog(program, log))
+            raise RuntimeError(f"{name}.cu does not compile for {architecture}:\n{log.decode(errors='replace')}")
+        code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return code
+
+
+class CudaKernel:
+    """One instance of a kernel on one card.
+
+    Args:
+        threads: of a program.
+        constants: macros of the source.
+    """
+
+    def __init__(self, name: str, device: int, threads: int, **constants: int | str) -> None:
+        self._threads = threads
+        major, minor = torch.cuda.get_device_capability(device)
+        code = compiled(name, f"sm_{major}{minor}", **constants)
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().query()  # makes the card's context this thread's
+            self._module = _checked(driver.cuModuleLoadData(code))
+        self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
+
+    def launch(self, programs: int, *args: Tensor | int | None) -> None:
+        """On the current stream. Tensors go as their addresses, None as no address, integers as 32 bits."""
+        values = tuple(
+            arg.data_ptr() if isinstance(arg, Tensor) else None if arg is None else arg for arg in args
+        )
+        types = tuple(_INT if type(arg) is int else ctypes.c_void_p for arg in args)
+        stream = torch.cuda.current_stream().cuda_stream
+        _checked(
+            driver.cuLaunchKernel(
+                self._function, programs, 1, 1, self._threads, 1, 1, 0, stream, (values, types), 0
+            )  # fmt: skip
+        )
+
+
+def _quoted(value: int | str) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _checked(result: tuple) -> Any:
+    """What a call gave after its error code."""
+    error, *found = result
+    if int(error) != 0:
+        raise RuntimeError(f"{type(error).__name__} {error.name}")
+    return found[0] if len(found) == 1 else tuple(found) if found else None

@@ -1,0 +1,91 @@
+"""The product of a few rows with NF4 weights, read from the four bits (see nf4_rows.cu): up to three weights of the same
+inputs and a dense matrix below them in one launch, which nothing dense is written for.
+
+Rounding points: weights are rounded as dequantising rounds them, sums are fp32 and rounded once, with the bias in them.
+
+Shapes: M rows of input, O outputs of all weights, I inputs, T rows of the dense matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import KERNEL_DTYPES
+from .cuda import CudaKernel, cuda_fault
+
+MOST_ROWS = 16
+BLOCK, NESTED = 64, 256  # weights an absmax, absmaxes a scale: the kernel's, and bitsandbytes' where nobody says otherwise
+ROWS = (4, 8, MOST_ROWS)  # instances
+THREADS, WARPS, RESIDENT = 256, 8, 3  # of a program; programs on a multiprocessor
+_KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def nf4_rows_reference(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, I) W^T + b with the dequantised weights (O, I), which the kernel has only in registers."""
+    sums = x.double() @ weights.double().t()
+    return (sums if bias is None else sums + bias.double()).to(x.dtype)
+
+
+def rows_serve(x: Tensor, parts: Sequence[tuple[Tensor, Any]]) -> bool:
+    """Whether the kernel takes these rows and weights."""
+    return (
+        x.is_cuda
+        and x.dtype in KERNEL_DTYPES
+        and 0 < x.shape[0] <= MOST_ROWS
+        and x.shape[1] % BLOCK == 0
+        and x.is_contiguous()
+        and all(q.numel() < 2**30 and s.blocksize == BLOCK and s.state2.blocksize == NESTED for q, s in parts)
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and cuda_fault() is None
+    )
+
+
+def nf4_rows(x: Tensor, parts: Sequence[tuple[Tensor, Any]], bias: Tensor | None, below: Tensor | None) -> Tensor:
+    """x (M, I) -> [x W^T + b | x B^T] (M, O + T).
+
+    Args:
+        parts: packed weights and QuantState of each. bias: (O,).
+        below: B (T, I) dense, whose rows may be part of something wider; None for T = 0.
+    """
+    rows, inputs = x.shape
+    outputs = [2 * q.numel() // inputs for q, _ in parts]
+    more = 0 if below is None else below.shape[0]
+    y = x.new_empty(rows, sum(outputs) + more)
+    instance = next(size for size in ROWS if rows <= size)
+    programs, splits = _shape(x.device.index, instance, inputs, (*outputs, more))
+    weights = []
+    for at in range(3):
+        q, s = parts[at] if at < len(parts) else (None, None)
+        weights += [None] * 4 + [0] if q is None else [q, s.absmax, s.state2.absmax, s.offset, outputs[at]]
+    state = parts[0][1]  # both tables of levels belong to the format, not to the weight
+    _kernel(x.device.index, _KINDS[x.dtype], instance).launch(
+        programs, *weights, state.state2.code, state.code, x, below, bias, y,
+        rows, inputs, more, 0 if below is None else below.stride(0), y.stride(0),
+        0 if bias is None else bias.shape[0], splits,
+    )  # fmt: skip
+    return y
+
+
+@cache
+def _kernel(device: int, kind: str, rows: int) -> CudaKernel:
+    return CudaKernel("nf4_rows", device, THREADS, KIND=kind, ROWS=rows)
+
+
+@cache
+def _shape(device: int, instance: int, inputs: int, outputs: tuple[int, ...]) -> tuple[int, int]:
+    """Programs, and warps that share the sum of a tile: many for few tiles, so that all multiprocessors have some."""
+    size, step = (8, 256) if instance <= 4 else (16, 128)
+    tiles, steps = sum(-(-o // size) for o in outputs), -(-inputs // step)
+    most = torch.cuda.get_device_properties(device).multi_processor_count * RESIDENT
+
+    def cost(splits: int) -> int:
+        rounds = -(-tiles * splits // (WARPS * most))
+        return rounds * (-(-steps // splits) + 2)
+
+    splits = min((n for n in (1, 2, 4, 8) if n <= WARPS), key=cost)
+    return min(most, -(-tiles * splits // WARPS)), splits
