@@ -76,9 +76,7 @@ class CudaKernel:
 
     def launch(self, programs: int, *args: Tensor | int | None) -> None:
         """On the current stream. Tensors go as their addresses, None as no address, integers as 32 bits."""
-        values = tuple(
-            arg.data_ptr() if isinstance(arg, Tensor) else None if arg is None else arg for arg in args
-        )
+        values = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg or 0 for arg in args)
         types = tuple(_INT if type(arg) is int else ctypes.c_void_p for arg in args)
         stream = torch.cuda.current_stream().cuda_stream
         _checked(

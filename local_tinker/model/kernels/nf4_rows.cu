@@ -84,117 +84,178 @@ struct Columns {
 
 __device__ __forceinline__ uint4 eight(const u16* from) { return *reinterpret_cast<const uint4*>(from); }
 
-struct Share {  // of a sum over inputs
-    int first, every;
-};
-
 struct Packed {
     const u8* bytes;
     const u8* codes;
     const float* scales;
-    float offset;
+    const float* offset;
     int outputs;
 };
 
-struct Tables {
-    u32 pairs;  // this lane's copy
-    const float* absmaxes;
+// Tiles of all weights, one after the other. Those of the dense matrix are apart.
+struct Parts {
+    Packed parts[3];
+    int inputs;
+
+    __device__ __forceinline__ int tiles(int part) const { return (parts[part].outputs + OUTPUTS - 1) / OUTPUTS; }
+    __device__ __forceinline__ int tiles() const { return tiles(0) + tiles(1) + tiles(2); }
+
+    // The weight that a tile is of; `tile` becomes the one within it, `base` its first output.
+    __device__ __forceinline__ Packed of(int& tile, int& base) const {
+        base = 0;
+        if (tile < tiles(0)) return parts[0];
+        tile -= tiles(0), base = parts[0].outputs;
+        if (tile < tiles(1)) return parts[1];
+        tile -= tiles(1), base += parts[1].outputs;
+        return parts[2];
+    }
 };
 
-__device__ __forceinline__ void packed_tile(
-    float (&sums)[COLUMNS][4], const Packed& weight, const Tables& tables, const Columns& x, int inputs, int tile, Share share
-) {
-    struct Ahead {
-        uint4 bytes[2];
-        float scales[2];
-        u32 codes[2];
-    } ahead[AHEAD];
+struct Step {  // what a lane multiplies in one
+    uint4 bytes[2];
+    float scales[2];
+    u32 codes[2];
+};
+
+// Reads the steps of a warp's tiles one after the other, ahead of the products and across the ends of tiles.
+struct Reader {
+    const Parts& all;
     const Lane lane;
-    const int steps = (inputs + STEP - 1) / STEP;
+    int tile, stride, step, first, every, steps;
     const u8* bytes[2];
+    const u8* codes[2];
+    const float* scales;
     int block[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const int output = min(tile * OUTPUTS + lane.output(h), weight.outputs - 1);
-        bytes[h] = weight.bytes + (size_t)output * (inputs / 2);
-        block[h] = output * (inputs / BLOCK);
+
+    __device__ __forceinline__ Reader(const Parts& all, int tile, int stride, int first, int every)
+        : all(all), tile(tile), stride(stride), step(first), first(first), every(every),
+          steps((all.inputs + STEP - 1) / STEP) {
+        enter();
     }
 
-    auto fetch = [&](Ahead& to, int step) {
-        if (step >= steps) return;
+    __device__ __forceinline__ void enter() {
+        if (tile >= all.tiles()) return;
+        int own = tile, base;
+        const Packed weight = all.of(own, base);
+        scales = weight.scales;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const int input = min(step * STEP + lane.input(h), inputs - 32), at = block[h] + input / BLOCK;
+            const int output = min(own * OUTPUTS + lane.output(h), weight.outputs - 1);
+            bytes[h] = weight.bytes + (size_t)output * (all.inputs / 2);
+            block[h] = output * (all.inputs / BLOCK);
+            codes[h] = weight.codes + block[h];
+        }
+    }
+
+    __device__ __forceinline__ void next(Step& to) {
+        if (step >= steps) {
+            tile += stride, step = first;
+            enter();
+        }
+        if (tile >= all.tiles() || step >= steps) return;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int input = min(step * STEP + lane.input(h), all.inputs - 32), at = input / BLOCK;
             to.bytes[h] = *reinterpret_cast<const uint4*>(bytes[h] + input / 2);
-            to.codes[h] = weight.codes[at];
-            to.scales[h] = weight.scales[at / NESTED];
+            to.codes[h] = codes[h][at];
+            to.scales[h] = scales[(block[h] + at) / NESTED];
         }
-    };
-    auto multiply = [&](const Ahead& now, int step) {
-        float absmax[2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const float value = __fadd_rn(__fmul_rn(tables.absmaxes[now.codes[h]], now.scales[h]), weight.offset);
-            absmax[h] = step * STEP + lane.input(h) < inputs ? value : 0.0f;
-        }
-        const int at = x.at(step);
-#pragma unroll
-        for (int word = 0; word < 4; word++) {
-            u32 weights[4][2];
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const u32 four = (&now.bytes[h].x)[word];
-#pragma unroll
-                for (int b = 0; b < 4; b++) {
-                    const float2 pair = pair_at(tables.pairs, byte_of(four, b));
-                    weights[b][h] = rounded(__fmul_rn(pair.x, absmax[h]), __fmul_rn(pair.y, absmax[h]));
-                }
-            }
-#pragma unroll
-            for (int c = 0; c < COLUMNS; c++) {
-                const uint4 column = eight(x.rows[c] + at + 8 * word);
-                multiply_add(sums[c], {weights[0][0], weights[0][1], weights[1][0], weights[1][1]}, column.x, column.y);
-                multiply_add(sums[c], {weights[2][0], weights[2][1], weights[3][0], weights[3][1]}, column.z, column.w);
-            }
-        }
-    };
+        step += every;
+    }
+};
 
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) fetch(ahead[i], share.first + i * share.every);
-    for (int start = share.first; start < steps; start += AHEAD * share.every)
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            const int step = start + i * share.every;
-            if (step < steps) {
-                const Ahead now = ahead[i];
-                fetch(ahead[i], step + AHEAD * share.every);
-                multiply(now, step);
-            }
-        }
-}
-
-__device__ __forceinline__ void dense_tile(
-    float (&sums)[COLUMNS][4], const u16* weight, int stride, int outputs, const Columns& x, int inputs, int tile, Share share
+__device__ __forceinline__ void packed_step(
+    float (&sums)[COLUMNS][4], const Step& now, int step, const Columns& x, int inputs, u32 pairs, const float* absmaxes,
+    float offset
 ) {
     const Lane lane;
-    const int steps = (inputs + STEP - 1) / STEP;
-    const u16* row[2];
+    float absmax[2];
 #pragma unroll
-    for (int h = 0; h < 2; h++) row[h] = weight + (size_t)min(tile * OUTPUTS + lane.output(h), outputs - 1) * stride;
-    for (int step = share.first; step < steps; step += share.every)
+    for (int h = 0; h < 2; h++) {
+        const float value = __fadd_rn(__fmul_rn(absmaxes[now.codes[h]], now.scales[h]), offset);
+        absmax[h] = step * STEP + lane.input(h) < inputs ? value : 0.0f;
+    }
+    const int at = x.at(step);
 #pragma unroll
-        for (int word = 0; word < 4; word++) {
-            uint4 w[2];
+    for (int word = 0; word < 4; word++) {
+        u32 weights[4][2];
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const int input = step * STEP + lane.input(h);
-                w[h] = input < inputs ? eight(row[h] + input + 8 * word) : make_uint4(0, 0, 0, 0);
+        for (int h = 0; h < 2; h++) {
+            const u32 four = (&now.bytes[h].x)[word];
+#pragma unroll
+            for (int b = 0; b < 4; b++) {
+                const float2 pair = pair_at(pairs, byte_of(four, b));
+                weights[b][h] = rounded(__fmul_rn(pair.x, absmax[h]), __fmul_rn(pair.y, absmax[h]));
             }
+        }
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            const uint4 column = eight(x.rows[c] + at + 8 * word);
+            multiply_add(sums[c], {weights[0][0], weights[0][1], weights[1][0], weights[1][1]}, column.x, column.y);
+            multiply_add(sums[c], {weights[2][0], weights[2][1], weights[3][0], weights[3][1]}, column.z, column.w);
+        }
+    }
+}
+
+__device__ __forceinline__ void dense_step(
+    float (&sums)[COLUMNS][4], const u16* const (&row)[2], int step, const Columns& x, int inputs
+) {
+    const Lane lane;
+#pragma unroll
+    for (int word = 0; word < 4; word++) {
+        uint4 w[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int input = step * STEP + lane.input(h);
+            w[h] = input < inputs ? eight(row[h] + input + 8 * word) : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            const uint4 column = eight(x.rows[c] + x.at(step) + 8 * word);
+            multiply_add(sums[c], {w[0].x, w[1].x, w[0].y, w[1].y}, column.x, column.y);
+            multiply_add(sums[c], {w[0].z, w[1].z, w[0].w, w[1].w}, column.z, column.w);
+        }
+    }
+}
+
+struct Out {
+    u16* y;
+    const u16* bias;
+    int rows, stride, biases;
+};
+
+// Adds up what the warps of a tile have and stores it. All warps of a program come here together.
+__device__ __forceinline__ void finish(
+    float (&sums)[COLUMNS][4], float4 (*shares)[WARPS][32], const Out& out, int tile, int outputs, int base, int split, int splits
+) {
+    const Lane lane;
+    const int warp = threadIdx.x / 32, own = threadIdx.x % 32;
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) {
+        if (SPLIT)
+            for (int i = 0; i < 2; i++) sums[c][i] += __shfl_down_sync(~0u, sums[c][i + 2], 2);
+        if (splits > 1) shares[c][warp][own] = make_float4(sums[c][0], sums[c][1], sums[c][2], sums[c][3]);
+    }
+    if (splits > 1) {
+        __syncthreads();
+        for (int other = 1; split == 0 && other < splits; other++)
 #pragma unroll
             for (int c = 0; c < COLUMNS; c++) {
-                const uint4 column = eight(x.rows[c] + x.at(step) + 8 * word);
-                multiply_add(sums[c], {w[0].x, w[1].x, w[0].y, w[1].y}, column.x, column.y);
-                multiply_add(sums[c], {w[0].z, w[1].z, w[0].w, w[1].w}, column.z, column.w);
+                const float4 more = shares[c][warp + other][own];
+                sums[c][0] += more.x, sums[c][1] += more.y, sums[c][2] += more.z, sums[c][3] += more.w;
+            }
+        __syncthreads();
+    }
+    if (split > 0) return;
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++)
+#pragma unroll
+        for (int i = 0; i < (SPLIT ? 2 : 4); i++) {
+            const int output = tile * OUTPUTS + lane.output(i / 2), row = 8 * c + 2 * lane.quarter + i % 2;
+            if (output < outputs && row < out.rows && (!SPLIT || lane.quarter < 2)) {
+                const int at = base + output;
+                const float sum = sums[c][i] + (at < out.biases ? widened(out.bias[at]) : 0.0f);
+                out.y[(size_t)row * out.stride + at] = (u16)rounded(sum, 0.0f);
             }
         }
 }
@@ -209,68 +270,52 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_rows(
     __shared__ float2 pairs[256][COPIES];
     __shared__ float absmaxes[256];
     __shared__ float4 shares[COLUMNS][WARPS][32];
+    const Lane lane;
+    const int warp = threadIdx.x / 32, split = warp % splits, slots = WARPS / splits, slot = warp / splits;
+    const int steps = (inputs + STEP - 1) / STEP, stride = gridDim.x * slots;
+    const Parts all = {
+        {{bytes0, codes0, scales0, offset0, outputs0}, {bytes1, codes1, scales1, offset1, outputs1},
+         {bytes2, codes2, scales2, offset2, outputs2}}, inputs};
+
+    Reader reader(all, blockIdx.x * slots + slot, stride, split, splits);
+    Step ahead[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) reader.next(ahead[i]);  // on their way while the tables are filled
+
     for (int i = threadIdx.x; i < 256 * COPIES; i += THREADS)
         pairs[i / COPIES][i % COPIES] = make_float2(levels[i / COPIES / 16], levels[i / COPIES % 16]);
     for (int i = threadIdx.x; i < 256; i += THREADS) absmaxes[i] = table[i];
     __syncthreads();
 
-    const Lane lane;
-    const Tables tables = {(u32)__cvta_generic_to_shared(&pairs[0][threadIdx.x % COPIES]), absmaxes};
+    const u32 lookup = (u32)__cvta_generic_to_shared(&pairs[0][threadIdx.x % COPIES]);
     const Columns columns(lane, x, rows, inputs);
-    const int warp = threadIdx.x / 32, slots = WARPS / splits;
-    const Share share = {warp % splits, splits};
-    const int tiles0 = (outputs0 + OUTPUTS - 1) / OUTPUTS, tiles1 = (outputs1 + OUTPUTS - 1) / OUTPUTS;
-    const int tiles2 = (outputs2 + OUTPUTS - 1) / OUTPUTS, dense = (below_rows + OUTPUTS - 1) / OUTPUTS;
-    const int tiles = tiles0 + tiles1 + tiles2 + dense;
-
-    for (int start = blockIdx.x * slots; start < tiles; start += gridDim.x * slots) {
-        int tile = start + warp / splits, base = outputs0 + outputs1 + outputs2, outputs = below_rows;
+    const Out out = {y, bias, rows, y_stride, biases};
+    for (int start = blockIdx.x * slots; start < all.tiles(); start += stride) {
+        int tile = start + slot, base = 0, outputs = 0;
         float sums[COLUMNS][4] = {};
-        if (tile < dense) {  // first, as these have the most bytes
-            dense_tile(sums, below, below_stride, below_rows, columns, inputs, tile, share);
-        } else if (tile < tiles) {
-            tile -= dense;
-            Packed weight = {bytes0, codes0, scales0, *offset0, outputs0};
-            base = 0;
-            if (tile >= tiles0) {
-                tile -= tiles0, base = outputs0;
-                weight = {bytes1, codes1, scales1, *offset1, outputs1};
-                if (tile >= tiles1) {
-                    tile -= tiles1, base += outputs1;
-                    weight = {bytes2, codes2, scales2, *offset2, outputs2};
-                }
-            }
+        if (tile < all.tiles()) {
+            const Packed weight = all.of(tile, base);
+            const float offset = *weight.offset;
             outputs = weight.outputs;
-            packed_tile(sums, weight, tables, columns, inputs, tile, share);
-        } else {
-            outputs = 0;
-        }
+            for (int step = split; step < steps; step += splits) {
+                const Step now = ahead[0];
 #pragma unroll
-        for (int c = 0; c < COLUMNS; c++) {
-            if (SPLIT)
-                for (int i = 0; i < 2; i++) sums[c][i] += __shfl_down_sync(~0u, sums[c][i + 2], 2);
-            if (splits > 1) shares[c][warp][threadIdx.x % 32] = make_float4(sums[c][0], sums[c][1], sums[c][2], sums[c][3]);
-        }
-        if (splits > 1) {
-            __syncthreads();
-            for (int other = 1; share.first == 0 && other < splits; other++)
-#pragma unroll
-                for (int c = 0; c < COLUMNS; c++) {
-                    const float4 more = shares[c][warp + other][threadIdx.x % 32];
-                    sums[c][0] += more.x, sums[c][1] += more.y, sums[c][2] += more.z, sums[c][3] += more.w;
-                }
-            __syncthreads();
-        }
-        if (share.first > 0) continue;
-#pragma unroll
-        for (int c = 0; c < COLUMNS; c++)
-#pragma unroll
-            for (int i = 0; i < (SPLIT ? 2 : 4); i++) {
-                const int output = tile * OUTPUTS + lane.output(i / 2), row = 8 * c + 2 * lane.quarter + i % 2;
-                if (output < outputs && row < rows && (!SPLIT || lane.quarter < 2)) {
-                    const float sum = sums[c][i] + (base + output < biases ? widened(bias[base + output]) : 0.0f);
-                    y[(size_t)row * y_stride + base + output] = (u16)rounded(sum, 0.0f);
-                }
+                for (int i = 1; i < AHEAD; i++) ahead[i - 1] = ahead[i];
+                reader.next(ahead[AHEAD - 1]);
+                packed_step(sums, now, step, columns, inputs, lookup, absmaxes, offset);
             }
+        }
+        finish(sums, shares, out, tile, outputs, base, split, splits);
+    }
+    // The last programs have the fewest tiles of the weights.
+    for (int start = (gridDim.x - 1 - blockIdx.x) * slots; start * OUTPUTS < below_rows; start += stride) {
+        const int tile = start + slot;
+        float sums[COLUMNS][4] = {};
+        const u16* row[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            row[h] = below + (size_t)min(tile * OUTPUTS + lane.output(h), below_rows - 1) * below_stride;
+        for (int step = split; step < steps; step += splits) dense_step(sums, row, step, columns, inputs);
+        finish(sums, shares, out, tile, below_rows, outputs0 + outputs1 + outputs2, split, splits);
     }
 }
