@@ -94,6 +94,7 @@ class ServiceClient:
         overlong: str = "drop",
         adapter: str | Path | None = None,
         micro_batch_tokens: int | None = None,
+        compute: str | None = None,
     ) -> TrainingClient:
         """A LoRA adapter on a frozen base, ready to train.
 
@@ -111,11 +112,13 @@ class ServiceClient:
             adapter: start from this saved adapter instead of a fresh one; its weights are then the reference of DPO and
                 KL terms. Its rank, alpha and modules are used.
             micro_batch_tokens: tokens computed at a time; None lets the memory plan decide. Changes speed, not results.
+            compute: None multiplies in `dtype`; "fp8" multiplies the frozen base's weights in 8-bit floats while training,
+                which is faster and an approximation. Adapters, attention, head and sampling stay in `dtype`.
         """
         from .training import TrainingClient
 
         _check_name(base_model)
-        options = _options(rank, alpha, target_modules, train_unembed, dropout, seed, micro_batch_tokens)
+        options = _options(rank, alpha, target_modules, train_unembed, dropout, seed, micro_batch_tokens, compute)
         start = None if adapter is None else self._adapter(adapter)
         _check_lengths(max_length, overlong)
         engine, base = self._load(base_model, quantize=quantize, dtype=dtype)
@@ -254,11 +257,20 @@ def _started(options: AdapterOptions, adapter: SavedAdapter, linear_paths: tuple
 
 
 def _options(
-    rank: Any, alpha: Any, targets: Any, train_unembed: bool, dropout: Any, seed: Any, micro_batch_tokens: Any
+    rank: Any,
+    alpha: Any,
+    targets: Any,
+    train_unembed: bool,
+    dropout: Any,
+    seed: Any,
+    micro_batch_tokens: Any,
+    compute: Any,
 ) -> AdapterOptions:
     """The user's arguments, checked."""
     from .engine.base import AdapterOptions
 
+    if compute not in (None, "fp8"):
+        raise UsageError(f'compute must be None or "fp8", got {compute!r}')
     return AdapterOptions(
         rank=whole("rank", rank),
         alpha=positive("alpha", alpha),
@@ -267,6 +279,7 @@ def _options(
         dropout=share("dropout", dropout),
         seed=whole("seed", seed, least=0, most=MAX_SEED),
         micro_batch_tokens=None if micro_batch_tokens is None else whole("micro_batch_tokens", micro_batch_tokens),
+        compute=compute,
     )
 
 

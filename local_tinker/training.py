@@ -381,6 +381,7 @@ class TrainingClient:
             "max_length": self._max_length,
             "overlong": self._overlong,
             "micro_batch_tokens": options.micro_batch_tokens,
+            "compute": options.compute,
         }
         return {
             "client": client,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..engine.footprint import GIB, QUANTIZE, TrainSettings
-from ..engine.memory import describe, plan_training
+from ..engine.memory import plan_training
 from ..errors import UsageError
 from ..hardware import detect
 from ..model import catalogue
@@ -24,6 +24,7 @@ def plan(
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 32,
     quantize: Annotated[str, typer.Option(help="How the base weights are held: 4bit, 8bit or none.")] = "4bit",
     seq_len: Annotated[int, typer.Option(help="The longest row in tokens, which is never cut.")] = 0,
+    compute: Annotated[str | None, typer.Option(help="fp8: base products of 8-bit floats.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show where the memory of a training step goes, what the engine would choose, and what needs less.
@@ -36,13 +37,17 @@ def plan(
         raise UsageError(f"--vram takes the card's memory in GiB, such as 24; got {vram:g}")
     if rank < 1 or seq_len < 0:
         raise UsageError(f"--rank must be >= 1 and --seq-len >= 0, got {rank} and {seq_len}")
+    if compute not in (None, "fp8"):
+        raise UsageError(f"--compute takes fp8 or is left out, got {compute!r}")
     dims = catalogue.dims(model)
     if seq_len > dims.max_positions:
         raise UsageError(f"--seq-len {seq_len:,} is longer than the context of {model}, {dims.max_positions:,} tokens")
     hardware = None if vram is not None else detect()
-    kind, compute = (hardware.kind, 2 if hardware.bf16 else 4) if hardware else ("cuda", 2)
+    kind, size = (hardware.kind, 2 if hardware.bf16 else 4) if hardware else ("cuda", 2)
     free = round(vram * GIB) if vram is not None else hardware.free_bytes
-    settings = TrainSettings(kind=kind, rank=rank, quantize=quantize, seq_len=seq_len, compute_bytes=compute)
+    settings = TrainSettings(
+        kind=kind, rank=rank, quantize=quantize, seq_len=seq_len, compute_bytes=size, fp8=compute == "fp8"
+    )
     found = plan_training(dims, settings, free)
     if json:
         answer = {
@@ -62,8 +67,7 @@ def plan(
     print(output.table(("PART", "BYTES"), [*rows, ("total", gib(found.total))], right=("BYTES",)))
     if found.host_bytes:
         print(f"and {gib(found.host_bytes)} of host memory")
-    words = describe(found.choice, quantized=quantize != "none")
-    print(f"\n{'fits' if found.fits else 'does not fit'}; choice: {words}")
+    print(f"\n{'fits' if found.fits else 'does not fit'}; choice: {found.words}")
     if found.levers:
         print("to need less:")
     for lever in found.levers:

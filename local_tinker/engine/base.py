@@ -54,6 +54,7 @@ class AdapterOptions:
     dropout: float
     seed: int
     micro_batch_tokens: int | None
+    compute: str | None = None
 
 
 @dataclass(frozen=True)

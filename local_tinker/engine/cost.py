@@ -20,6 +20,7 @@ SHOWN = 0.25  # share of an offloaded layer's transfers that the computation doe
 LAUNCHES = {"cuda": 3e11, "cpu": 1e9}  # a layer and micro-batch: launches, and products too small for the full rate
 TILE_LAUNCHES = 0.25  # of these, for each further tile of a layer's MLP
 STEP_TOKENS = 16384  # tokens between two optimiser steps, over which parked moments cross the bus both ways
+FP8 = 0.6  # time of a product of 8-bit floats, with rounding what goes in, in that of the same one in bf16 (H100)
 DEQUANTISED_BYTES = 2.516  # NF4 read and bf16 written, a weight
 HEAD_ROW_OVERHEAD = 25  # a chunk of r rows costs 1 + 25 / r times the head's products
 
@@ -39,10 +40,11 @@ def time_per_token(dims: ModelDims, settings: TrainSettings, choice: Choice, *, 
         context: mean length of a document, which attention grows with.
     """
     levels = Counter(choice.levels)
-    products = _needed(dims, settings, context, head_rows=choice.head_rows)
-    products += sum(count * _recomputed(dims, level, context) for level, count in levels.items())
+    rate = FP8 if settings.fp8 else 1.0
+    products = _needed(dims, settings, context, rate, head_rows=choice.head_rows)
+    products += sum(count * _recomputed(dims, level, context, rate) for level, count in levels.items())
     moved = 0.0
-    if settings.quantize != "none":
+    if not settings.in_place:
         # layers at the front are both the resident and the recomputed ones
         weights = sum(_dequantised(dims, level) for level in choice.levels[choice.resident_layers :])
         moved = MEMORY_BYTE[settings.kind] * DEQUANTISED_BYTES * weights / choice.tokens
@@ -54,11 +56,13 @@ def time_per_token(dims: ModelDims, settings: TrainSettings, choice: Choice, *, 
     return products + moved + HOST_BYTE * (offloaded + parked) + LAUNCHES[settings.kind] * launches / choice.tokens
 
 
-def _needed(dims: ModelDims, settings: TrainSettings, context: int, *, head_rows: int = 1 << 30) -> float:
+def _needed(
+    dims: ModelDims, settings: TrainSettings, context: int, rate: float = 1.0, *, head_rows: int = 1 << 30
+) -> float:
     """Forward and backward without weight gradients of the base: 4 per weight, 6 per adapter weight, 4 V H, attention."""
     head = 4 * dims.vocab * dims.hidden * (1 + HEAD_ROW_OVERHEAD / head_rows)
     attention = 3.5 * dims.layers * _attention(dims, context)
-    return 4 * dims.linear_params + 6 * settings.adapter(dims) + head + attention
+    return 4 * rate * dims.linear_params + 6 * settings.adapter(dims) + head + attention
 
 
 def _attention(dims: ModelDims, context: int) -> float:
@@ -66,9 +70,9 @@ def _attention(dims: ModelDims, context: int) -> float:
     return 2 * dims.query * context
 
 
-def _recomputed(dims: ModelDims, level: str, context: int) -> float:
+def _recomputed(dims: ModelDims, level: str, context: int, rate: float) -> float:
     attention = _attention(dims, context) if level in ("layer", "offload") else 0.0
-    return 2 * _weights(dims, level) + attention
+    return 2 * rate * _weights(dims, level) + attention
 
 
 def _weights(dims: ModelDims, level: str) -> int:

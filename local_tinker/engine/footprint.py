@@ -52,6 +52,7 @@ class TrainSettings:
         levels: recompute levels that may be chosen.
         adapter_params: P; None: an adapter of `rank` on every projection.
         plain: the model runs on the plain road.
+        fp8: base products are of 8-bit floats, for which two copies of the weights are held, or made each time.
         alone: it does so one document a row, and its attention keeps the scores of all pairs of positions.
         dropout: masks are drawn for all rows of a micro-batch at once, so no MLP is computed in tiles.
         started: free memory was measured with the driver and libraries already in place.
@@ -68,6 +69,7 @@ class TrainSettings:
     levels: tuple[str, ...] = LEVELS
     adapter_params: int | None = None
     plain: bool = False
+    fp8: bool = False
     alone: bool = False
     dropout: bool = False
     started: bool = False
@@ -82,6 +84,11 @@ class TrainSettings:
             raise UsageError(f"levels must be some of {', '.join(LEVELS)}, got {self.levels!r}")
         if self.rank < 0 or (self.tokens is not None and self.tokens < 1):
             raise UsageError(f"rank must be >= 0 and tokens >= 1, got rank={self.rank}, tokens={self.tokens}")
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the base lies as its products read it, always."""
+        return self.quantize == "none" and not self.fp8
 
     def adapter(self, dims: ModelDims) -> int:
         return dims.lora_params(self.rank) if self.adapter_params is None else self.adapter_params
@@ -172,7 +179,8 @@ def live_bytes(dims: ModelDims, settings: TrainSettings, level: str, tokens: int
         again = tokens * saved_bytes(dims, settings, "norms") + scores - (kept if level == "norms" else 0)
         return again + tokens * settings.compute_bytes * (4 * dims.hidden + 3 * dims.intermediate)
     tile = min(tokens, tile) if level in TILED and not settings.dropout else tokens
-    return settings.compute_bytes * max(
+    rounded = tile * 2 * dims.intermediate if settings.fp8 else 0  # the widest of what is made of 8-bit floats
+    return rounded + settings.compute_bytes * max(
         _forward(dims, settings, level, tokens, tile), *_backward(dims, settings, level, tokens, tile)
     )
 
@@ -221,12 +229,14 @@ def standing_parts(dims: ModelDims, settings: TrainSettings, choice: Choice) -> 
     # CPUs have no bf16 product with fp32 output, so the head is widened there
     widened = 4 * dims.vocab * dims.hidden if settings.kind == "cpu" and c == 2 else 0
     scratch = 0
-    if settings.quantize != "none" and choice.resident_layers < dims.layers:  # one group at a time
+    if not settings.in_place and choice.resident_layers < dims.layers:  # one group at a time
         scratch = wide_bytes(dims, settings, "gate_proj", "up_proj")
         if in_tiles(settings, choice):  # or both of the MLP for all its tiles
             scratch += wide_bytes(dims, settings, "down_proj")
-    beside = 0  # an unquantised base lies as its products read it, always
-    if settings.quantize == "none":
+        # dense, transposed and rounded exist side by side
+        scratch = scratch * 5 // 2 if settings.fp8 else scratch
+    beside = 0  # room for adapters where an unquantised base stands
+    if settings.in_place:
         beside = dims.layers * layer_wide_bytes(dims, settings) - c * dims.linear_params
     context = 0 if settings.started else CONTEXT[settings.kind]
     return {

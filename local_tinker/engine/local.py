@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load
 
-from ..errors import CheckpointError, StateError
+from ..errors import CheckpointError, StateError, UsageError
 from ..model.adapter import Adapter, AdapterSpec, choose_targets
 from ..model.decode import DecodeRoad
 from ..model.load import LoadedModel, fingerprint, load_model
@@ -90,7 +90,11 @@ class LocalEngine:
         with self._turn():
             model = self._base(base_id)
             spec = _adapter_spec(model, options, start)
-            budget = plan_budget(model, spec, micro_batch_tokens=options.micro_batch_tokens)
+            if options.compute == "fp8" and (reason := model.fp8_fault()) is not None:
+                raise UsageError(f'compute="fp8" does not run here: {reason}; leave it out')
+            budget = plan_budget(
+                model, spec, micro_batch_tokens=options.micro_batch_tokens, fp8=options.compute == "fp8"
+            )
             trainer = until_it_fits(
                 lambda: Trainer(model, spec, budget, say=say, spare=self._spare), step_down=self._spare
             )
@@ -215,6 +219,7 @@ class LocalEngine:
         kept = 0 if model not in self._samplers else self._samplers[model].kept_bytes
         budget: Budget = plan_budget(model, None, micro_batch_tokens=None, kept_bytes=kept)
         training = [trainer for trainer, _ in self._trainers.values() if trainer.model is model]
+        model.release_fp8()
         if budget.hold_weights:
             model.hold_weights(rank=max((trainer.spec.rank for trainer in training), default=0))
         if model not in self._samplers:

@@ -57,6 +57,7 @@ class Plan:
     """Predicted peak of one training step.
 
     Args:
+        words: the choice as a user reads it.
         parts: name -> bytes; they add up to `total`.
         host_bytes: pinned host memory besides.
         fits: the total is within the memory it was made for.
@@ -64,6 +65,7 @@ class Plan:
     """
 
     choice: Choice
+    words: str
     parts: dict[str, int]
     host_bytes: int
     fits: bool
@@ -79,6 +81,7 @@ def plan_training(dims: ModelDims, settings: TrainSettings, free_bytes: int) -> 
     choice, fits = choose(dims, settings, usable_bytes(settings, free_bytes))
     return Plan(
         choice=choice,
+        words=describe(choice, settings),
         parts=training_parts(dims, settings, choice),
         host_bytes=host_bytes(dims, settings, choice),
         fits=fits,
@@ -201,7 +204,7 @@ def _host_has_room(dims: ModelDims, settings: TrainSettings, choice: Choice) -> 
 
 def with_residency(dims: ModelDims, settings: TrainSettings, choice: Choice, limit: int) -> Choice:
     """Spend what is left on dequantised weights. They buy the least time a byte, so they come last."""
-    if settings.quantize == "none":
+    if settings.in_place:
         return choice
     every = replace(choice, resident_layers=dims.layers)  # needs no room to dequantise in
     if total_bytes(dims, settings, every) <= limit:
@@ -226,7 +229,7 @@ def _least(dims: ModelDims, settings: TrainSettings) -> Choice:
 # -- what to say -------------------------------------------------------------------------------------------------------
 
 
-def describe(choice: Choice, *, quantized: bool) -> str:
+def describe(choice: Choice, settings: TrainSettings) -> str:
     """The choice in words."""
     words = [f"micro-batches of {choice.tokens:,} tokens"]
     levels = Counter(choice.levels)
@@ -236,8 +239,9 @@ def describe(choice: Choice, *, quantized: bool) -> str:
         words.append(f"recompute level {choice.levels[0]!r}")
     else:
         words.append("recompute levels " + ", ".join(f"{level!r} ({count} layers)" for level, count in levels.items()))
-    if quantized:
-        words.append(f"{choice.resident_layers} of {len(choice.levels)} layers held dequantised")
+    if not settings.in_place:
+        form = "in 8-bit floats" if settings.fp8 else "dequantised"
+        words.append(f"{choice.resident_layers} of {len(choice.levels)} layers held {form}")
     if choice.parked_moments:
         words.append("moments in host memory")
     return ", ".join(words)

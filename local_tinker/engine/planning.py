@@ -109,7 +109,7 @@ class Budget:
         return replace(self, limit=limit, choice=_choose(self.dims, self.settings, limit))
 
     def describe(self) -> str:
-        return describe(self.choice, quantized=self.settings.quantize != "none")
+        return describe(self.choice, self.settings)
 
 
 def plan_budget(
@@ -119,6 +119,7 @@ def plan_budget(
     micro_batch_tokens: int | None,
     free_bytes: int | None = None,
     kept_bytes: int = 0,
+    fp8: bool = False,
 ) -> Budget:
     """Plan for a model that is already on the device, next to whatever else is there.
 
@@ -127,6 +128,7 @@ def plan_budget(
         micro_batch_tokens: the user's choice; None leaves it to the plan.
         free_bytes: what may be used beside the model's own weights; None: what the device has free now.
         kept_bytes: of a sampler's cache that is there already and counts as free.
+        fp8: the base multiplies in 8-bit floats.
     """
     dims, kind = model.dims, model.device.type
     settings = TrainSettings(
@@ -138,13 +140,14 @@ def plan_budget(
         levels=PLAIN_LEVELS if model.fast is None else LEVELS,
         adapter_params=0 if spec is None else spec.numel,
         plain=model.fast is None,
+        fp8=fp8,
         alone=model.fast is None and not model.plain.packed,
         dropout=spec is not None and spec.dropout > 0,
         started=True,
         host_bytes=int(PINNED_SHARE * memory()[1]) // HOST_GRAIN * HOST_GRAIN if kind == "cuda" else None,
     )
     if free_bytes is None:
-        free_bytes = _free_bytes(model.device) + kept_bytes + _dense_bytes(model)
+        free_bytes = _free_bytes(model.device) + kept_bytes + model.held_bytes
         free_bytes = free_bytes // GRAIN[kind] * GRAIN[kind]
     # the embeddings as the plan counts them, which are a second table where the head is not tied to them
     tables = standing_parts(dims, settings, Choice(tokens=0, levels=()))["embeddings and head"]
@@ -168,12 +171,6 @@ def _choose(dims: ModelDims, settings: TrainSettings, limit: int) -> Choice:
 
 def _of_length(settings: TrainSettings, tokens: int) -> TrainSettings:
     return replace(settings, tokens=tokens, seq_len=tokens, fewer=False)
-
-
-def _dense_bytes(model: LoadedModel) -> int:
-    """Dequantised weights held now, which the new plan decides about anew."""
-    size = model.dtype.itemsize
-    return sum(size * linear.in_features * linear.out_features for linear in model.projections.values() if linear.held)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -23,11 +23,16 @@ from .micro_batch import Layout, MicroBatch
 
 @dataclass(frozen=True)
 class Weights:
-    """An adapter as a pass reads it: pairs in the compute type and their scale; the head's own pair apart."""
+    """An adapter as a pass reads it: pairs in the compute type and their scale; the head's own pair apart.
+
+    Attributes:
+        fp8: whether the base below it multiplies in 8-bit floats.
+    """
 
     pairs: Mapping[str, LoraPair]
     scale: float
     head_path: str
+    fp8: bool = False
 
     @property
     def body(self) -> dict[str, LoraPair]:
@@ -129,7 +134,7 @@ def _hidden(
     sink: Mapping[str, LoraPair] | None = None,
 ) -> Tensor:
     """Final hidden states of the rows the loss reads, (M, H)."""
-    return model.road.hidden(
+    return model.road_in(fp8=weights.fp8).hidden(
         micro.tokens,
         positions=micro.positions,
         attend=micro.attend,

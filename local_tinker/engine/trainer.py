@@ -137,9 +137,10 @@ class Trainer:
 
     def _apply(self, choice: Choice) -> None:
         """Weights held dequantised and the place of the moments; does nothing where they are so already."""
-        if self.model.quantize is None or choice.resident_layers:
-            layers = None if self.model.quantize is None else choice.resident_layers
-            self.model.hold_weights(layers, rank=self.spec.rank)  # a dense base moves into the projections' own layout
+        if self.budget.settings.in_place or choice.resident_layers:
+            layers = None if self.budget.settings.in_place else choice.resident_layers
+            # a dense base moves into the projections' own layout
+            self.model.hold_weights(layers, rank=self.spec.rank, fp8=self.budget.settings.fp8)
         else:
             self.model.release_weights()
         self.optimiser.park(choice.parked_moments)
@@ -191,7 +192,7 @@ class Trainer:
 
     def _backward(self, call: LossCall, spec: LossSpec, backups: Sequence[WindowBackup]) -> Outcome:
         key, needs, outcome = _normaliser(spec, call.options), spec.needs(call.options), Outcome()
-        weights = Weights(self.adapter.views(self.adapter.compute), self.spec.scale, self.model.head_path)
+        weights = self._weights(self.adapter.compute, self.spec.scale)
         value = self.value if "values" in needs else None
         gradients = Gradients(
             self.adapter.views(self.window.buffer(key)), None if value is None else value.window.buffer(key)
@@ -251,7 +252,7 @@ class Trainer:
     def _run(
         self, units: Sequence[Unit], spec: LossSpec, needs: frozenset[str]
     ) -> Iterator[tuple[MicroBatch, LossInputs]]:
-        weights = Weights(self.adapter.views(self.adapter.compute), self.spec.scale, self.model.head_path)
+        weights = self._weights(self.adapter.compute, self.spec.scale)
         reference = self.reference_weights() if "reference" in needs else None
         value = self.value or self.new_value_head() if "values" in needs else None
         for micro in self._micro_batches(units, spec, share=True):
@@ -281,7 +282,10 @@ class Trainer:
         """The base with this adapter's tensors at scale 0, so the same kernels run; or the adapter training started from."""
         flat = self.adapter.compute if self.reference is None else self.reference
         scale = 0.0 if self.reference is None else self.spec.scale
-        return Weights(self.adapter.views(flat), scale, self.model.head_path)
+        return self._weights(flat, scale)
+
+    def _weights(self, flat: Tensor, scale: float) -> Weights:
+        return Weights(self.adapter.views(flat), scale, self.model.head_path, self.budget.settings.fp8)
 
     def _dropout(self, micro: MicroBatch) -> LoraDropout | None:
         if self.spec.dropout == 0.0:

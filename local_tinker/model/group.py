@@ -121,6 +121,11 @@ class ProjectionGroup:
     def held(self) -> bool:
         return self._resident is not None
 
+    @property
+    def rebuilt(self) -> bool:
+        """Whether every product makes the weights anew."""
+        return not self.held and self.linears[0].storage != "dense"
+
     def hold(self, width: int = 0) -> None:
         """Keep the weights dense, with room for adapters of `width` columns in all (R a member)."""
         if self._resident is None or self._room() < padded(width):
@@ -246,6 +251,9 @@ class ProjectionGroup:
         weight = self.dense().t()
         return torch.mm(x, weight, out=out) if self._bias is None else torch.addmm(self._bias, x, weight, out=out)
 
+    def _base_backward(self, dy: Tensor) -> Tensor:
+        return dy @ self.dense()
+
     def _forward_separate(self, x: Tensor, lora: GroupLora, out: Tensor | None) -> tuple[Tensor, Tensor]:
         y = self._base(x, out)
         thin = self._thin(x, lora)
@@ -273,7 +281,7 @@ class ProjectionGroup:
         """
         grad = dy[:, : self.outputs]
         if lora is None:
-            return (grad @ self.dense() if need else None), None
+            return (self._base_backward(grad) if need else None), None
         if not self.fused(lora):
             return self._backward_separate(grad, lora, need)
         weight, width = self._with_adapter(lora), lora.width
@@ -301,7 +309,7 @@ class ProjectionGroup:
         )
         if not need:
             return None, q
-        dx = dy @ self.dense()
+        dx = self._base_backward(dy)
         if lora.dropout is None:
             return dx.addmm_(q, lora.a), q
         for i, part, a in zip(lora.members, q.split(lora.rank, dim=1), lora.a.split(lora.rank), strict=True):

@@ -183,7 +183,7 @@ class DecoderPass:
     @contextmanager
     def _dense_mlp(self, weights: LayerWeights) -> Iterator[None]:
         """The MLP's weights are dequantised once for all tiles."""
-        groups = [g for g in (weights.gate_up, weights.down) if not g.held and g.linears[0].storage != "dense"]
+        groups = [g for g in (weights.gate_up, weights.down) if g.rebuilt]
         try:
             for group in groups:
                 lora = self.call.lora(group)

@@ -11,6 +11,7 @@ import json
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from ..errors import ModelError, UsageError
 from .agree import relative_gap
 from .decode import DecodeRoad
 from .dims import ModelDims
+from .eight_bit import EightBitGroup
 from .head import Head
 from .kernels import fault
+from .kernels.fp8 import ALIGN, fp8_fault
 from .linear import QUANTISERS, FrozenLinear
 from .plain import PlainRoad, probe
 from .road import FastRoad, collect
@@ -102,30 +105,74 @@ class LoadedModel:
             max_positions=self.max_positions,
         )
 
-    def hold_weights(self, layers: int | None = None, *, rank: int = 0) -> None:
+    @cached_property
+    def _fast_in_fp8(self) -> FastRoad:
+        return FastRoad(self.fast.spec, collect(self.plain.model, self.fast.spec, EightBitGroup))
+
+    def road_in(self, *, fp8: bool) -> FastRoad | PlainRoad:
+        """The road, or the one on the same tensors whose base products are of 8-bit floats."""
+        return self._fast_in_fp8 if fp8 else self.road
+
+    def fp8_fault(self) -> str | None:
+        """Why base products cannot be of 8-bit floats, in words for the user; None where they can."""
+        if self.fast is None:
+            return "this model runs on the plain road"
+        if self.device.type == "cuda" and self.dtype != torch.bfloat16:
+            return f"its results are bfloat16, and dtype is {str(self.dtype).removeprefix('torch.')!r}"
+        odd = [p for p, linear in self.projections.items() if linear.in_features % ALIGN or linear.out_features % ALIGN]
+        if odd:
+            return f"{odd[0]} is not a multiple of {ALIGN} wide"
+        return fp8_fault(self.device)
+
+    @property
+    def _groups_in_fp8(self) -> list[tuple[EightBitGroup, ...]]:
+        """Of each layer, where there are any yet."""
+        made = "_fast_in_fp8" in self.__dict__
+        return [layer.groups for layer in self._fast_in_fp8.weights.layers] if made else []
+
+    @property
+    def held_bytes(self) -> int:
+        """Copies of quantised weights made for their products."""
+        size = self.dtype.itemsize
+        dense = sum(size * li.in_features * li.out_features for li in self.projections.values() if li.held)
+        return dense + sum(group.held_bytes for groups in self._groups_in_fp8 for group in groups)
+
+    def hold_weights(self, layers: int | None = None, *, rank: int = 0, fp8: bool = False) -> None:
         """Keep the dequantised weights of the first `layers` (None: all) on the device, and of no other.
 
         Args:
             rank: leaves room beside them for adapters of this rank, which the fused projections want.
+            fp8: keep them in 8-bit floats instead.
         """
         if self.fast is None:
             for linear in self.projections.values():
                 linear.hold()
             return
-        for index, layer in enumerate(self.fast.weights.layers):
+        if fp8 and self.quantize is not None:
+            self._release_dense()
+        elif not fp8:
+            self.release_fp8()
+        for index, layer in enumerate(self.road_in(fp8=fp8).weights.layers):
             for group in layer.groups:
                 if layers is None or index < layers:
                     group.hold(rank * len(group.linears))
                 else:
                     group.release()
 
+    def release_fp8(self) -> None:
+        for group in (group for groups in self._groups_in_fp8 for group in groups):
+            group.release()
+
+    def _release_dense(self) -> None:
+        for group in (group for layer in self.fast.weights.layers for group in layer.groups):
+            group.release()
+
     def release_weights(self) -> None:
         for linear in self.projections.values():
             linear.release()
         if self.fast is not None:
-            for layer in self.fast.weights.layers:
-                for group in layer.groups:
-                    group.release()
+            self._release_dense()
+            self.release_fp8()
 
 
 def load_model(

@@ -123,8 +123,11 @@ def text_decoder(model: nn.Module) -> tuple[str, nn.Module]:
     return next(path for path, module in model.named_modules() if module is decoder), decoder
 
 
-def collect(model: nn.Module, spec: FamilySpec) -> RoadWeights:
+def collect(model: nn.Module, spec: FamilySpec, group: type[ProjectionGroup] = ProjectionGroup) -> RoadWeights:
     """Gather the tensors of a transformers model whose projections are `FrozenLinear`. Nothing is copied.
+
+    Args:
+        group: what projections of one input become.
 
     Raises:
         ModelError: a module is missing or not frozen yet.
@@ -135,13 +138,15 @@ def collect(model: nn.Module, spec: FamilySpec) -> RoadWeights:
     embedding = decoder.embed_tokens.weight
     return RoadWeights(
         embedding=embedding,
-        layers=tuple(_collect_layer(decoder, prefix, index, spec) for index in range(spec.layers)),
+        layers=tuple(_collect_layer(decoder, prefix, index, spec, group) for index in range(spec.layers)),
         final_norm=decoder.norm.weight,
         ropes={kind: rope_of(decoder.rotary_emb, kind, embedding.device) for kind in kinds},
     )
 
 
-def _collect_layer(decoder: nn.Module, prefix: str, index: int, spec: FamilySpec) -> LayerWeights:
+def _collect_layer(
+    decoder: nn.Module, prefix: str, index: int, spec: FamilySpec, kind: type[ProjectionGroup]
+) -> LayerWeights:
     layer = decoder.layers[index]
 
     def group(parent: str, *names: str) -> ProjectionGroup:
@@ -154,7 +159,7 @@ def _collect_layer(decoder: nn.Module, prefix: str, index: int, spec: FamilySpec
                     f"{prefix}layers.{index}.{parent}.{name} is {type(linear).__name__}, not a frozen projection"
                 )
             linears.append(linear)
-        return ProjectionGroup(tuple(f"{prefix}layers.{index}.{parent}.{name}" for name in names), tuple(linears))
+        return kind(tuple(f"{prefix}layers.{index}.{parent}.{name}" for name in names), tuple(linears))
 
     norms = [None if name is None else layer.get_submodule(name).weight for name in PLACEMENTS[spec.placement]]
     q_norm, k_norm = (layer.self_attn.q_norm, layer.self_attn.k_norm) if spec.qk_norm else (None, None)

@@ -18,6 +18,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 Quantize = Literal["4bit", "8bit", "none"]
 Overlong = Literal["drop", "truncate_prompt", "error"]
 Dtype = Literal["bfloat16", "float32", "float64"]
+Compute = Literal["fp8"] | None
 
 
 def option(
@@ -90,6 +91,10 @@ class Common:
         None, "Tokens computed at a time; default: from the memory plan.", aliases=("micro_batch_size",), least=1
     )
 
+    compute: Compute = option(
+        None, "fp8: the frozen base multiplies in 8-bit floats, faster and approximate (RTX 40, H100 and newer)."
+    )
+
     max_length: int | None = option(
         None,
         "Longest row in tokens; default: the model's context.",
@@ -138,6 +143,7 @@ class Common:
             "max_length": self.max_length,
             "overlong": self.overlong,
             "micro_batch_tokens": self.micro_batch_tokens,
+            "compute": self.compute,
         }
 
     def learning_rate_at(self, step: int, total: int) -> float:

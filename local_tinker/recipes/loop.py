@@ -287,7 +287,7 @@ def announce_plan(config: Common, hardware: Any) -> None:
         report.say("memory plan: after the model is here (its dimensions are not known yet)")
         return
     plan = report.plan_for(config, dims, hardware)
-    report.print_lines(report.plan_lines(plan, config.quantize, hardware.free_bytes))
+    report.print_lines(report.plan_lines(plan, hardware.free_bytes))
 
 
 def model_length(model: str) -> int:

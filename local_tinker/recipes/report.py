@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..engine.footprint import GIB, TrainSettings
-from ..engine.memory import Plan, describe, plan_training
+from ..engine.memory import Plan, plan_training
 from ..hardware import Hardware
 from ..model.dims import ModelDims
 
@@ -52,17 +52,18 @@ def plan_for(config: Any, dims: ModelDims, hardware: Hardware, *, free_bytes: in
         quantize=config.quantize,
         tokens=config.micro_batch_tokens,
         compute_bytes=compute,
+        fp8=config.compute == "fp8",
     )
     return plan_training(dims, settings, hardware.free_bytes if free_bytes is None else free_bytes)
 
 
-def plan_lines(plan: Plan, quantize: str, free_bytes: int) -> list[str]:
+def plan_lines(plan: Plan, free_bytes: int) -> list[str]:
     """The plan in short, for a run."""
     fits = "fits" if plan.fits else "DOES NOT FIT"
     largest = sorted(plan.parts.items(), key=lambda item: -item[1])[:3]
     lines = [
         f"memory plan: {gib(plan.total)} at the peak, {gib(free_bytes)} free: {fits}",
-        f"  choice: {describe(plan.choice, quantized=quantize != 'none')}",
+        f"  choice: {plan.words}",
         f"  most of it: {', '.join(f'{name} {gib(size)}' for name, size in largest)}",
     ]
     if not plan.fits:

@@ -225,12 +225,14 @@ def test_what_only_the_user_can_give_up_comes_last():
 
 def test_the_choice_in_words():
     choice = Choice(tokens=4096, levels=("mlp",) * 2 + ("norms",) * 3, resident_layers=1, parked_moments=True)
-    assert describe(choice, quantized=True) == (
+    assert describe(choice, TrainSettings()) == (
         "micro-batches of 4,096 tokens, recompute levels 'mlp' (2 layers), 'norms' (3 layers), "
         "1 of 5 layers held dequantised, moments in host memory"
     )
     kept = Choice(tokens=512, levels=("norms",) * 2)
-    assert describe(kept, quantized=False) == "micro-batches of 512 tokens, activations kept"
+    assert describe(kept, TrainSettings(quantize="none")) == "micro-batches of 512 tokens, activations kept"
+    eight = describe(kept, TrainSettings(quantize="none", fp8=True))
+    assert eight.endswith("activations kept, 0 of 2 layers held in 8-bit floats")
 
 
 def test_the_samplers_cache_takes_two_fifths_of_what_the_weights_leave():

@@ -83,14 +83,14 @@ def test_the_plan_of_a_run_says_whether_it_fits_and_what_needs_less(capsys):
     dims = catalogue.find("llama-3.1-8b").dims
     card = Hardware(kind="cuda", name="card", total_bytes=24 * 2**30, free_bytes=24 * 2**30, bf16=True)
     config = Config(model="llama-3.1-8b", dataset="d")
-    roomy = report.plan_lines(report.plan_for(config, dims, card), "4bit", card.free_bytes)
+    roomy = report.plan_lines(report.plan_for(config, dims, card), card.free_bytes)
     assert (
         "24.00 GiB free: fits" in roomy[0]
         and roomy[1].startswith("  choice: micro-batches of 4,096 tokens")
         and len(roomy) == 3
     )
     small = report.plan_for(config, dims, card, free_bytes=4 * 2**30)
-    assert "DOES NOT FIT" in report.plan_lines(small, "4bit", 4 * 2**30)[0] and small.levers
+    assert "DOES NOT FIT" in report.plan_lines(small, 4 * 2**30)[0] and small.levers
     report.print_lines(["x " * 100])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 

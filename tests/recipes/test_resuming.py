@@ -128,7 +128,7 @@ def test_a_resumed_run_takes_over_the_cut_of_its_state_not_that_of_the_memory_fr
     assert app.main(["run", *flags]) == 130
     real = planning.plan_budget
 
-    def elsewhere(model, spec, *, micro_batch_tokens):
+    def elsewhere(model, spec, *, micro_batch_tokens, fp8):
         return real(model, spec, micro_batch_tokens=micro_batch_tokens or 24)
 
     monkeypatch.setattr("local_tinker.engine.local.plan_budget", elsewhere)

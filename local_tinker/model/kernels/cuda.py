@@ -49,7 +49,8 @@ def compiled(name: str, architecture: str, **constants: int | str) -> bytes:
         if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
             _checked(nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(f"{name}.cu does not compile for {architecture}:\n{log.decode(errors='replace')}")
+            said = log.decode(errors="replace").rstrip(" \0\n")
+            raise RuntimeError(f"{name}.cu does not compile for {architecture}:\n{said}")
         code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
         _checked(nvrtc.nvrtcGetCUBIN(program, code))
     finally:

@@ -84,4 +84,8 @@ if triton is not None:
         for start in range(0, columns, BLOCK):
             ok = start + at < columns
             x = tl.load(X + row * x_row + start + at, mask=ok, other=0.0).to(tl.float32)
-            tl.store(OUT + row * columns + start + at, tl.div_rn(x, scale).to(OUT.dtype.element_ty, fp_downcast_rounding="rtne"), mask=ok)
+            tl.store(
+                OUT + row * columns + start + at,
+                tl.div_rn(x, scale).to(OUT.dtype.element_ty, fp_downcast_rounding="rtne"),
+                mask=ok,
+            )

@@ -19,16 +19,20 @@ from . import KERNEL_DTYPES
 from .cuda import CudaKernel, cuda_fault
 
 MOST_ROWS = 16
-BLOCK, NESTED = 64, 256  # weights an absmax, absmaxes a scale: the kernel's, and bitsandbytes' where nobody says otherwise
+BLOCK, NESTED = (
+    64,
+    256,
+)  # weights an absmax, absmaxes a scale: the kernel's, and bitsandbytes' where nobody says otherwise
 ROWS = (4, 8, MOST_ROWS)  # instances
 THREADS, WARPS, RESIDENT = 256, 8, 3  # of a program; programs on a multiprocessor
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
-def nf4_rows_reference(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-    """x (M, I) W^T + b with the dequantised weights (O, I), which the kernel has only in registers."""
-    sums = x.double() @ weights.double().t()
-    return (sums if bias is None else sums + bias.double()).to(x.dtype)
+def nf4_rows_reference(x: Tensor, weights: Tensor, bias: Tensor | None, below: Tensor | None) -> Tensor:
+    """The same in fp64, with the dequantised weights (O, I), which the kernel has only in registers."""
+    y = x.double() @ weights.double().t()
+    y = y if bias is None else y + bias.double()
+    return y if below is None else torch.cat([y, x.double() @ below.double().t()], 1)
 
 
 def rows_serve(x: Tensor, parts: Sequence[tuple[Tensor, Any]]) -> bool:

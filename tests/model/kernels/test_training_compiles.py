@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from local_tinker.model.kernels import attention, head, lora, nf4, norm, rope, swiglu  # noqa: E402
+from local_tinker.model.kernels import attention, fp8, head, lora, nf4, norm, rope, swiglu  # noqa: E402
 
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes of one program, CUDA's tables
 HALF, WIDE, INT, REAL = "*bf16", "*fp32", "i32", "fp32"
@@ -22,7 +22,7 @@ ROPE = dict(HQ=24, HK=8, D=128, J=64, JB=64, NORM=True, KIND=0, EPS=1e-5, ROUND=
 
 def kinds(kernel, types: str) -> dict[str, str]:
     """Types of the kernel's run-time arguments, in order, one letter each."""
-    letters = {"h": HALF, "w": WIDE, "i": INT, "r": REAL, "b": "*u8", "n": "*i32", "l": "*i64"}
+    letters = {"h": HALF, "w": WIDE, "i": INT, "r": REAL, "b": "*u8", "n": "*i32", "l": "*i64", "e": "*fp8e4nv"}
     return dict(zip(kernel.arg_names, [letters[t] for t in types], strict=False))
 
 
@@ -52,6 +52,8 @@ PLAIN = [
     (head._logit_rows, "wlwwhiiirr", dict(CAP=True, ENTROPY=True, GRAD=True, BLOCK=4096), (0, 0, 16, 3)),
 ]
 
+FP8 = (fp8._quantise_rows, "hewii", dict(BLOCK=4096), (0, 0, 8, 3))
+
 
 def compiled_shared(kernel, types, constants, tuned, capability):
     signature = kinds(kernel, types) | {name: "constexpr" for name in constants}
@@ -78,6 +80,11 @@ def test_the_other_kernels_compile_for_the_oldest_and_the_newest_card(case):
         assert compiled_shared(*case, capability) <= SHARED[86]
 
 
+@pytest.mark.parametrize("capability", [89, 90])
+def test_rounding_to_eight_bits_compiles_where_they_are_multiplied(capability):
+    assert compiled_shared(*FP8, capability) <= SHARED[capability]
+
+
 @pytest.mark.battery
 @pytest.mark.parametrize("capability", SHARED)
 @pytest.mark.parametrize("head_dim", [64, 256])
@@ -87,15 +94,17 @@ def test_attention_of_other_head_sizes_compiles_and_fits(capability, head_dim):
 
 
 def test_the_table_covers_every_kernel():
-    files = (attention, head, lora, nf4, norm, rope, swiglu)
+    files = (attention, fp8, head, lora, nf4, norm, rope, swiglu)
     launched = {
         "_forward",
         "_backward_queries",
         "_backward_keys",
         "_backward_behind",
-        *(case[0].__name__ for case in PLAIN),
+        *(case[0].__name__ for case in (*PLAIN, FP8)),
     }
     defined = {name for file in files for name, value in vars(file).items() if isinstance(value, triton.JITFunction)}
     helpers = "_tile _put _scores _sees _own_span _prefix_span _forward_step _queries_step _keys_step _act _shape"
-    helpers += " _add_block _normalise _turn _halves _weights_of _rotate_heads _rotate_heads_back _copy_heads _nf4_block"
+    helpers += (
+        " _add_block _normalise _turn _halves _weights_of _rotate_heads _rotate_heads_back _copy_heads _nf4_block"
+    )
     assert defined - set(helpers.split()) == launched and torch is not None

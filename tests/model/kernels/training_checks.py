@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from local_tinker.model.attention import VarlenCausal, attend_reference, attention_kernel
-from local_tinker.model.kernels import attention, head, lora, nf4, norm, rope, serves, swiglu, triton
+from local_tinker.model.kernels import attention, fp8, head, lora, nf4, norm, rope, serves, swiglu, triton
 from local_tinker.model.kernels.rope import HeadLayout
 from local_tinker.model.linear import NF4Weight
 
@@ -118,25 +118,19 @@ def test_nf4_has_the_bits_of_bitsandbytes(rows, inputs):
         assert torch.equal(expected, dense)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, nf4.MOST_ROWS])
-@pytest.mark.parametrize(
-    ("rows", "inputs"), [((96,), 128), ((40,), 64 * 7), ((72, 24), 64 * 17), ((40, 8, 24), 64 * 7)]
-)
-@pytest.mark.parametrize("more", [False, True])
-def test_a_product_with_nf4_rounds_weights_as_dequantising_does_and_sums_once(count, rows, inputs, more):
-    stored = [NF4Weight(draw(o, inputs, seed=at, scale=0.02 * 4**at)) for at, o in enumerate(rows)]
-    packed = nf4.Packed([(one.stored, one.state) for one in stored])
-    x, bias = draw(count, inputs, seed=5), draw(sum(rows), seed=6) if more else None
-    below = draw(18, inputs + 8, seed=7)[:, :inputs] if more else None
-    assert packed.multiplies(x) and not packed.multiplies(draw(nf4.MOST_ROWS + 1, inputs))
-    weights = torch.cat([one.dense(HALF) for one in stored] + ([below] if more else [])).double()
-    expected = x.double() @ weights.t()
-    if more:
-        expected[:, : sum(rows)] += bias.double()
-    found = packed.multiply(x, bias, below)
-    assert found.shape == expected.shape and found.dtype == HALF
-    rounding = torch.finfo(HALF).eps / 2
-    assert bool(((found.double() - expected).abs() <= expected.abs() * rounding + 2e-4).all())
+def test_rows_in_eight_bits_have_the_bits_of_the_definition():
+    x = torch.cat([draw(4, 5000), draw(1, 5000, scale=1e3), torch.zeros(1, 5000, dtype=HALF, device=DEVICE)])
+    x[0, 7] = 300.0
+    wide = draw(6, 5008)
+    wide[:, :5000] = x
+    ours, theirs = fp8.quantise_rows(wide[:, :5000]), fp8.quantise_rows_reference(x)
+    assert torch.equal(ours.scales, theirs.scales) and ours.values.dtype == torch.float8_e4m3fn
+    found, expected = ours.values.float(), theirs.values.float()
+    same = found == expected
+    if INTERPRETED:  # Triton's rounds ties up, and loses the carry where a mantissa rounds to the next power of two
+        assert float(same.float().mean()) > 0.95
+        same = ((found - expected).abs() <= expected.abs().clamp(min=2**-6) / 8) | (expected.abs().log2() % 1 == 0)
+    assert bool(same.all()) and float(found.abs().max()) == 448.0
 
 
 @pytest.mark.parametrize("members", [((0, 70),), ((0, 40), (56, 14)), ((0, 30), (30, 20), (50, 20))])

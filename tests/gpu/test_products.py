@@ -1,0 +1,38 @@
+"""Products that only a card computes, against the definition beside them."""
+
+import pytest
+import torch
+
+from local_tinker.model.kernels import fp8, nf4, nf4_rows
+from local_tinker.model.linear import NF4Weight
+from tests.model.kernels.training_checks import HALF, draw, near
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 9, nf4_rows.MOST_ROWS])
+@pytest.mark.parametrize(
+    ("rows", "inputs"), [((96,), 128), ((43,), 64 * 7), ((72, 24), 64 * 17), ((40, 8, 24), 64 * 7), ((4096,) * 3, 3072)]
+)
+@pytest.mark.parametrize("more", [False, True])
+def test_a_product_with_nf4_rounds_weights_as_dequantising_does_and_sums_once(count, rows, inputs, more, dtype):
+    stored = [NF4Weight(draw(o, inputs, seed=at, scale=0.02 * 4**at, dtype=dtype)) for at, o in enumerate(rows)]
+    packed = nf4.Packed([(one.stored, one.state) for one in stored])
+    x, bias = draw(count, inputs, seed=5, dtype=dtype), draw(sum(rows), seed=6, dtype=dtype) if more else None
+    below = draw(18, inputs + 8, seed=7, dtype=dtype)[:, :inputs] if more else None
+    assert packed.multiplies(x) and not packed.multiplies(draw(nf4_rows.MOST_ROWS + 1, inputs))
+    weights = torch.cat([one.dense(dtype) for one in stored])
+    expected = nf4_rows.nf4_rows_reference(x, weights, bias, below)
+    found = packed.multiply(x, bias, below)
+    assert found.shape == expected.shape and found.dtype == dtype
+    rounding = torch.finfo(dtype).eps / 2
+    assert bool(((found.double() - expected).abs() <= expected.abs() * rounding + 1e-3 * expected.std()).all())
+
+
+@pytest.mark.skipif("fp8.fp8_fault(torch.device('cuda')) is not None", reason="needs a card that multiplies 8-bit floats")
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_in_eight_bits_equal_the_definition(biased):
+    x, w = fp8.quantise_rows(draw(33, 320)), fp8.quantise_rows(draw(48, 320, seed=1))
+    bias = draw(48, seed=2) if biased else None
+    near(fp8.product(x, w, bias, HALF), fp8.product_reference(x, w, bias, HALF), 6e-3)
