@@ -34,7 +34,11 @@ def run(case: Case, folder: Path, device: str, peak_flops: float, *, profile: Pa
         cap_memory(case.gib)
     start = time.perf_counter()
     trainer = ServiceClient(device=device).create_lora_training_client(
-        str(folder), rank=case.rank, quantize="4bit" if case.q4 else None, micro_batch_tokens=case.micro or None
+        str(folder),
+        rank=case.rank,
+        quantize="4bit" if case.q4 else None,
+        micro_batch_tokens=case.micro or None,
+        compute=case.compute or None,
     )
     found: dict[str, Any] = {"load_s": round(time.perf_counter() - start, 2)}
     if device == "cuda":

@@ -71,7 +71,8 @@ class Case:
         mean, longest: of the documents' lengths in tokens. share: of each document's tokens, its tail, that carry loss.
         context: one document of this many tokens a step instead. gib: cap of torch's allocator, as on a smaller card.
         loss: ours: sft, cross_entropy, importance_sampling or grpo. split: ours: one forward_backward a micro-batch instead
-            of one a step. micro: ours: `micro_batch_tokens`. search: ours: the longest context that trains, from here on.
+            of one a step. micro: ours: `micro_batch_tokens`. compute: ours: fp8. search: ours: the longest context that
+            trains, from here on.
         gc: peers: gradient checkpointing, 1 or 0; TRL also sac (selective), Unsloth's default is unsloth (offloaded).
         liger: TRL's use_liger_kernel. attn: peers' attention. compile: TRL's torch_compile. pack: TRL, Unsloth: packed
             rows (1) or padding_free (2). skip: Unsloth's checkpoint_skip_layers.
@@ -94,6 +95,7 @@ class Case:
     loss: str = "sft"
     split: int = 0
     micro: int = 0
+    compute: str = ""
     search: int = 0
     gc: str = "1"
     liger: int = 0
@@ -105,7 +107,7 @@ class Case:
 
 _SHARED = ("model", "rank", "q4", "rows", "window", "mean", "longest", "share", "context", "gib", "steps", "warmup")
 SIDES = {
-    "ours": (*_SHARED, "loss", "split", "micro", "search"),
+    "ours": (*_SHARED, "loss", "split", "micro", "compute", "search"),
     "glue": (*_SHARED, "gc"),
     "trl": (*_SHARED, "gc", "liger", "attn", "compile", "pack"),
     "unsloth": (*_SHARED, "gc", "pack", "skip"),

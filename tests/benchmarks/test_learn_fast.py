@@ -16,7 +16,7 @@ def test_both_roads_run_and_agree_on_a_small_model(tiny_model, monkeypatch, caps
 
 def test_a_drift_beyond_the_noise_is_told_apart():
     fast = [3.0, 2.0, 1.0]
-    within = learn_fast.compare(fast, [3.0, 2.02, 1.01], [3.0, 2.01, 0.99])
+    within = learn_fast.compare(fast, [3.0, 2.02, 1.01], [3.0, 2.01, 0.99], [3.0, 2.5, 1.0])
     assert within["drift"] == pytest.approx(0.01) and within["noise"] == pytest.approx(0.02 / 3) and within["same"]
-    assert not learn_fast.compare(fast, [3.0, 2.2, 1.1], [3.0, 2.01, 0.99])["same"]
-    assert learn_fast.compare(fast, [3.0, 2.0, 1.001], fast)["same"]
+    assert not learn_fast.compare(fast, [3.0, 2.2, 1.1], [3.0, 2.01, 0.99], fast)["same"]
+    assert learn_fast.compare(fast, [3.0, 2.0, 1.001], fast, fast)["same"]

@@ -1,0 +1,94 @@
+"""compute="fp8" through the client: an approximation of the dense step, and everything else as ever."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from local_tinker.cli import app
+from local_tinker.errors import UsageError
+from tests.test_training import ROWS, client, gradient, inner, relative  # noqa: F401  (client is a fixture)
+
+
+def step(trainer):
+    trainer.forward_backward(ROWS)
+    found = gradient(trainer)
+    trainer.optim_step(learning_rate=1e-3)
+    return found
+
+
+@pytest.mark.parametrize("quantize", [None, "4bit"])
+def test_gradients_are_near_those_of_the_dense_base_and_no_plan_changes_a_bit(client, quantize):  # noqa: F811
+    exact = step(client(quantize=quantize))
+    trainer = client(quantize=quantize, compute="fp8")
+    state = inner(trainer)
+    layers, found = state.model.dims.layers, {}
+    for level in ("norms", "attention_mlp", "layer"):
+        for resident in (0, layers):
+            choice = replace(state.budget.choice, levels=(level,) * layers, resident_layers=resident)
+            state.budget = replace(state.budget, choice=choice)
+            trainer.forward_backward(ROWS)
+            found[level, resident] = gradient(trainer)
+            trainer.discard_gradients()
+            assert (state.model.held_bytes > 0) == (resident > 0)
+    first = found["norms", layers]
+    assert 2e-3 < relative(first, exact) < 0.15
+    assert all(torch.equal(first, other) for other in found.values())
+
+
+def test_the_reference_multiplies_as_the_policy_does(client):  # noqa: F811
+    trainer = client(compute="fp8")
+    state = inner(trainer)
+    with torch.no_grad():
+        state.reference = state.adapter.compute.clone()
+    result = trainer.forward_backward([(ROWS[0]["messages"][0]["content"], " yes", " no")], loss_fn="dpo")
+    assert float(result) == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_sampling_runs_in_the_compute_type_and_gives_the_room_back(client):  # noqa: F811
+    trainer, dense = client(quantize="4bit", compute="fp8"), client(quantize="4bit")
+    step(trainer)
+    model = inner(trainer).model
+    assert model.held_bytes == sum(2 * li.in_features * li.out_features for li in model.projections.values())
+    sampled = trainer.save_weights_and_get_sampling_client().sample("one", max_tokens=5, temperature=0)
+    assert not any(group.held for groups in model._groups_in_fp8 for group in groups)
+    step(dense)
+    again = dense.save_weights_and_get_sampling_client().sample("one", max_tokens=5, temperature=0)
+    assert len(sampled.tokens) == len(again.tokens) == 5
+    before = step(trainer)
+    other = client(quantize="4bit", compute="fp8")
+    step(other)
+    assert torch.equal(before, step(other))  # sampling in between changed nothing
+
+
+def test_a_state_says_how_it_was_computed(client, service, tmp_path):  # noqa: F811
+    trainer = client(compute="fp8")
+    step(trainer)
+    trainer.save_state(tmp_path / "state")
+    resumed = service.create_training_client_from_state(tmp_path / "state")
+    assert inner(resumed).budget.settings.fp8
+    assert torch.equal(step(resumed), step(trainer))
+
+
+def test_what_cannot_multiply_8_bit_floats_is_refused_with_the_reason(client, monkeypatch):  # noqa: F811
+    with pytest.raises(UsageError, match='None or "fp8", got \'fp16\''):
+        client(compute="fp16")
+    monkeypatch.setattr("local_tinker.model.load.fp8_fault", lambda device: "the card is older")
+    with pytest.raises(UsageError, match="does not run here: the card is older; leave it out"):
+        client(compute="fp8")
+    monkeypatch.undo()
+    model = inner(client()).model
+    monkeypatch.setattr(model, "fast", None)
+    assert "plain road" in model.fp8_fault()
+
+
+def test_the_plan_counts_8_bit_floats(capsys):
+    def planned(*words):
+        assert app.main(["plan", "llama-3.2-3b", "--vram", "80", "--json", *words]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    dense, eight = planned(), planned("--compute", "fp8")
+    assert eight["parts"]["resident weights"] and eight["total_bytes"] != dense["total_bytes"]
+    assert app.main(["plan", "llama-3.2-3b", "--compute", "fp4"]) == 2
+    assert "got 'fp4'" in capsys.readouterr().err
