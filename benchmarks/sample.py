@@ -239,7 +239,7 @@ def one_size(size: str, cases: list[Case], modes: list[str], options, card: dict
     import torch
 
     from local_tinker import ServiceClient
-    from local_tinker.model.stacked import FOUR_BIT_ROWS
+    from local_tinker.model.kernels.nf4_rows import MOST_ROWS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder, found = models.folder_for(size), []
@@ -280,12 +280,13 @@ def one_size(size: str, cases: list[Case], modes: list[str], options, card: dict
         clear()
         if "nf4" in modes:
             service = ServiceClient(device=device, quiet=True)
-            small = service.create_sampling_client(str(folder), quantize="4bit", dtype=dtype)
+            trainer = service.create_lora_training_client(str(folder), rank=options.rank, quantize="4bit", dtype=dtype)
+            small = trainer.save_weights_and_get_sampling_client()
             found += [
-                ours(small, case, "nf4", card, linear_bytes=0.516 if case.batch <= FOUR_BIT_ROWS else 2.0)
+                ours(small, case, "nf4", card, linear_bytes=0.516 if case.batch <= MOST_ROWS else 2.0)
                 for case in cases
             ]
-            del small
+            del small, trainer
             service.close()
             clear()
     finally:

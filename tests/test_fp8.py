@@ -1,6 +1,7 @@
 """compute="fp8" through the client: an approximation of the dense step, and everything else as ever."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -30,7 +31,7 @@ def test_gradients_are_near_those_of_the_dense_base_and_no_plan_changes_a_bit(cl
             state.budget = replace(state.budget, choice=choice)
             trainer.forward_backward(ROWS)
             found[level, resident] = gradient(trainer)
-            trainer.discard_gradients()
+            trainer._engine.discard_gradients(trainer._id)
             assert (state.model.held_bytes > 0) == (resident > 0)
     first = found["norms", layers]
     assert 2e-3 < relative(first, exact) < 0.15
@@ -42,8 +43,8 @@ def test_the_reference_multiplies_as_the_policy_does(client):  # noqa: F811
     state = inner(trainer)
     with torch.no_grad():
         state.reference = state.adapter.compute.clone()
-    result = trainer.forward_backward([(ROWS[0]["messages"][0]["content"], " yes", " no")], loss_fn="dpo")
-    assert float(result) == pytest.approx(0.6931, abs=1e-4)
+    pair = {"prompt": "What is one plus two?", "chosen": "Three.", "rejected": "Four."}
+    assert float(trainer.forward_backward([pair], loss_fn="dpo")) == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_sampling_runs_in_the_compute_type_and_gives_the_room_back(client):  # noqa: F811
@@ -85,10 +86,10 @@ def test_what_cannot_multiply_8_bit_floats_is_refused_with_the_reason(client, mo
 
 def test_the_plan_counts_8_bit_floats(capsys):
     def planned(*words):
-        assert app.main(["plan", "llama-3.2-3b", "--vram", "80", "--json", *words]) == 0
+        assert app.main(["plan", "llama-3.2-3b", "--vram", "6", "--json", *words]) == 0
         return json.loads(capsys.readouterr().out)
 
     dense, eight = planned(), planned("--compute", "fp8")
-    assert eight["parts"]["resident weights"] and eight["total_bytes"] != dense["total_bytes"]
+    assert eight["parts"]["dequantisation"] == dense["parts"]["dequantisation"] * 5 // 2
     assert app.main(["plan", "llama-3.2-3b", "--compute", "fp4"]) == 2
     assert "got 'fp4'" in capsys.readouterr().err

@@ -22,6 +22,7 @@ TILE_LAUNCHES = 0.25  # of these, for each further tile of a layer's MLP
 STEP_TOKENS = 16384  # tokens between two optimiser steps, over which parked moments cross the bus both ways
 FP8 = 0.6  # time of a product of 8-bit floats, with rounding what goes in, in that of the same one in bf16 (H100)
 DEQUANTISED_BYTES = 2.516  # NF4 read and bf16 written, a weight
+ROUNDED_BYTES = 7  # to 8-bit floats: read twice and written, and transposed before that in the backward pass
 HEAD_ROW_OVERHEAD = 25  # a chunk of r rows costs 1 + 25 / r times the head's products
 
 _AGAIN = {
@@ -47,7 +48,8 @@ def time_per_token(dims: ModelDims, settings: TrainSettings, choice: Choice, *, 
     if not settings.in_place:
         # layers at the front are both the resident and the recomputed ones
         weights = sum(_dequantised(dims, level) for level in choice.levels[choice.resident_layers :])
-        moved = MEMORY_BYTE[settings.kind] * DEQUANTISED_BYTES * weights / choice.tokens
+        made = DEQUANTISED_BYTES + (ROUNDED_BYTES if settings.fp8 else 0)
+        moved = MEMORY_BYTE[settings.kind] * made * weights / choice.tokens
     offloaded = 2 * settings.compute_bytes * dims.hidden * levels["offload"] * SHOWN
     parked = 2 * moment_bytes(dims, settings) / STEP_TOKENS if choice.parked_moments else 0.0
     launches = dims.layers

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .kernels import power_of_two, triton_ready
+from .kernels.cuda import cuda_fault
 from .kernels.decode_attention import decode_attention
 from .kernels.decode_step import HeadNorms, add_low_rank, add_norm, gated_product, rope_write
 from .kernels.norm import rms_norm
@@ -61,6 +62,9 @@ class DecodeRoad:
             2 * rope.inv_freq.shape[0] != spec.head_dim for rope in self._weights.ropes.values()
         ):
             found.append(f"rotation of {spec.head_dim}-wide heads")
+        four_bit = any(group.group.packed is not None for layer in self._layers for group in layer.groups)
+        if four_bit and (reason := cuda_fault()) is not None:
+            found.append(f"products of few rows with four-bit weights ({reason})")
         return found if triton_ready(self._weights.embedding.device.type) else ["every step: Triton is not available"]
 
     @torch.no_grad()

@@ -87,10 +87,6 @@ class NF4Weight:
         self.state.dtype = dtype if dtype != torch.float64 else torch.float32
         return bitsandbytes().functional.dequantize_4bit(self.stored, self.state).to(dtype)
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + b from the four-bit values themselves, on a card: nothing dense is written. For few rows of x."""
-        return bitsandbytes().matmul_4bit(x, self.stored.t(), quant_state=self.state, bias=bias)
-
     def tensors(self) -> list[Tensor]:
         nested = self.state.state2
         return [self.stored, self.state.absmax, self.state.offset, nested.absmax]

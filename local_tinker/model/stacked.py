@@ -17,8 +17,6 @@ from .kernels.decode_step import LowRank
 from .linear import project
 from .lora import LoraPair
 
-FOUR_BIT_ROWS = 2  # up to here reading the four-bit values is faster than reading the dense weights beside them
-
 
 class Stacked:
     """One group's weights with the A matrices of one adapter below them, in the buffer that the group holds anyway.
@@ -106,25 +104,17 @@ class Stacked:
 
     def product(self, x: Tensor) -> tuple[Tensor, LowRank | None]:
         """x (B, I) -> W x + b in the first O columns of y, and what the adapter adds to it."""
-        linears, outputs = self.group.linears, self.outputs
-        if self._direct(x):
-            packed, below = self.group.packed, self._a if self._adapted else None
-            if packed.multiplies(x):
-                y = packed.multiply(x, self.group.bias, below)
-                return y, self._low_rank(None if below is None else y[:, outputs:])
-            y = torch.cat([linear.store.multiply(x, linear.bias) for linear in linears], 1)
+        outputs, packed = self.outputs, self.group.packed
+        more = self._a.shape[0] if self._adapted else 0
+        if packed is not None and packed.multiplies(x):  # faster than reading the dense weights, even where they are held
+            y = packed.multiply(x, self.group.bias, self._a if more else None)
         elif self.held:
-            rows = self._a.shape[0] if self._adapted else 0
-            bias = None if self._bias is None else self._bias[: outputs + rows]
-            weight = self.group.with_below(rows)
-            y = project(x, weight, bias)
-            return y, self._low_rank(y[:, outputs:] if self._adapted else None)
+            bias = None if self._bias is None else self._bias[: outputs + more]
+            y = project(x, self.group.with_below(more), bias)
         else:
             y = project(x, self.group.dense(), self.group.bias)
-        return y, self._low_rank(project(x, self._a) if self._adapted else None)
+            return y, self._low_rank(project(x, self._a) if more else None)
+        return y, self._low_rank(y[:, outputs:] if more else None)
 
     def _low_rank(self, thin: Tensor | None) -> LowRank | None:
         return None if thin is None else LowRank(thin, self._b, self._scale, self.group.starts)
-
-    def _direct(self, x: Tensor) -> bool:
-        return x.is_cuda and self.group.packed is not None and (x.shape[0] <= FOUR_BIT_ROWS or not self.held)

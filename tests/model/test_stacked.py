@@ -100,3 +100,40 @@ def test_any_number_of_rows_is_multiplied_with_biases_and_adapters():
         for adapter in ([pair(12, 3, seed=1), None, pair(8, 20, seed=2)], [None] * 3):
             bound(stacked, adapter)
             check(stacked, adapter, x)
+
+
+def test_few_rows_are_multiplied_from_the_four_bits_even_beside_the_dense_weights():
+    """On a card the kernel says which rows it takes; here a stand-in computes what it would."""
+    x, taken = torch.randn(5, 64, generator=torch.Generator().manual_seed(9)), []
+
+    class FromFourBits:
+        def multiplies(self, rows):
+            return rows.shape[0] <= 4
+
+        def multiply(self, rows, bias, below):
+            taken.append(rows.shape[0])
+            dense = torch.cat([linear.dense() for linear in made.linears])
+            return torch.cat([rows @ dense.t() + bias, rows @ below.t()], 1)
+
+    for held in (False, True):
+        made = group(64, 64, quantize="4bit")
+        stacked, pairs = Stacked(made), [pair(64, 3, 1), pair(64, 5, 2)]
+        if held:
+            made.hold(64)
+        made.packed = FromFourBits()
+        bound(stacked, pairs)
+        for rows in (x[:1], x[:4], x):
+            check(stacked, pairs, rows)
+    assert taken == [1, 4, 1, 4]
+
+
+def test_four_bit_products_without_a_compiler_are_named(monkeypatch):
+    monkeypatch.setattr("local_tinker.model.decode.triton_ready", lambda kind: True)
+    monkeypatch.setattr("local_tinker.model.decode.cuda_fault", lambda: "no compiler")
+    monkeypatch.setattr("local_tinker.model.decode.power_of_two", lambda n, least: n)
+    _, road, _, _ = fast("llama")
+    assert DecodeRoad(road).unfused() == []
+    for layer in road.weights.layers:
+        for part in layer.groups:
+            part.packed = object()
+    assert DecodeRoad(road).unfused() == ["products of few rows with four-bit weights (no compiler)"]

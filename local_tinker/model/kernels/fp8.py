@@ -17,8 +17,8 @@ from . import KERNEL_DTYPES, tl, triton, triton_ready
 from .launch import kernel
 
 E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0
 ALIGN = 16  # columns, and outputs, come in these for the tensor cores
+_INVERSE = 1 / 448  # a card divides by a number by multiplying with this
 _BLOCK = 4096
 
 
@@ -39,7 +39,7 @@ def fp8_fault(device: torch.device) -> str | None:
 
 def quantise_rows_reference(x: Tensor) -> Rows:
     largest = x.abs().amax(1, keepdim=True).float()
-    scales = torch.where(largest == 0, 1.0, largest / LARGEST)
+    scales = torch.where(largest == 0, 1.0, largest * _INVERSE)
     return Rows((x.float() / scales).to(E4M3), scales)
 
 
@@ -50,7 +50,7 @@ def quantise_rows(x: Tensor) -> Rows:
     count, columns = x.shape
     values = torch.empty(count, columns, dtype=E4M3, device=x.device)
     scales = torch.empty(count, 1, dtype=torch.float32, device=x.device)
-    _quantise_rows[(count,)](x, values, scales, columns, x.stride(0), BLOCK=_BLOCK, num_warps=8)
+    _quantise_rows[(count,)](x, values, scales, columns, x.stride(0), INVERSE=_INVERSE, BLOCK=_BLOCK, num_warps=8)
     return Rows(values, scales)
 
 
@@ -63,23 +63,22 @@ def product(x: Rows, w: Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor
     """x (N, K), w (O, K) -> x W^T + b (N, O)."""
     if not x.values.is_cuda:
         return product_reference(x, w, bias, dtype)
-    y = torch._scaled_mm(
+    return torch._scaled_mm(
         x.values, w.values.t(), x.scales, w.scales.t(), out_dtype=dtype, bias=bias, use_fast_accum=True
     )
-    return y
 
 
 if triton is not None:
 
     @kernel
-    def _quantise_rows(X, OUT, SCALES, columns, x_row, BLOCK: tl.constexpr):
+    def _quantise_rows(X, OUT, SCALES, columns, x_row, INVERSE: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, BLOCK)
         largest = 0.0
         for start in range(0, columns, BLOCK):
             x = tl.load(X + row * x_row + start + at, mask=start + at < columns, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.max(tl.abs(x), 0))
-        scale = tl.where(largest == 0.0, 1.0, tl.div_rn(largest, 448.0))
+        scale = tl.where(largest == 0.0, 1.0, largest * INVERSE)
         tl.store(SCALES + row, scale)
         for start in range(0, columns, BLOCK):
             ok = start + at < columns

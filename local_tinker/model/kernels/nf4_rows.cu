@@ -26,7 +26,6 @@ constexpr int HALF = 128;    // inputs that a step takes of an output at once: f
 constexpr int STEP = SPLIT ? 2 * HALF : HALF;
 constexpr int NESTED = 256;  // absmaxes that share a scale
 constexpr int COPIES = 16;   // of the table of pairs
-constexpr int AHEAD = 2;     // steps whose weights are on their way
 
 __device__ __forceinline__ u32 rounded(float low, float high) {
     u32 pair;
@@ -117,7 +116,7 @@ struct Step {  // what a lane multiplies in one
     u32 codes[2];
 };
 
-// Reads the steps of a warp's tiles one after the other, ahead of the products and across the ends of tiles.
+// Reads the steps of a warp's tiles one after the other, one ahead of the products and across the ends of tiles.
 struct Reader {
     const Parts& all;
     const Lane lane;
@@ -147,7 +146,7 @@ struct Reader {
         }
     }
 
-    __device__ __forceinline__ void next(Step& to) {
+    __device__ __forceinline__ void read(Step& to) {
         if (step >= steps) {
             tile += stride, step = first;
             enter();
@@ -278,9 +277,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_rows(
          {bytes2, codes2, scales2, offset2, outputs2}}, inputs};
 
     Reader reader(all, blockIdx.x * slots + slot, stride, split, splits);
-    Step ahead[AHEAD];
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) reader.next(ahead[i]);  // on their way while the tables are filled
+    Step next;
+    reader.read(next);  // on its way while the tables are filled
 
     for (int i = threadIdx.x; i < 256 * COPIES; i += THREADS)
         pairs[i / COPIES][i % COPIES] = make_float2(levels[i / COPIES / 16], levels[i / COPIES % 16]);
@@ -298,10 +296,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_rows(
             const float offset = *weight.offset;
             outputs = weight.outputs;
             for (int step = split; step < steps; step += splits) {
-                const Step now = ahead[0];
-#pragma unroll
-                for (int i = 1; i < AHEAD; i++) ahead[i - 1] = ahead[i];
-                reader.next(ahead[AHEAD - 1]);
+                const Step now = next;
+                reader.read(next);
                 packed_step(sums, now, step, columns, inputs, lookup, absmaxes, offset);
             }
         }

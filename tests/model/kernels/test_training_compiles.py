@@ -52,7 +52,7 @@ PLAIN = [
     (head._logit_rows, "wlwwhiiirr", dict(CAP=True, ENTROPY=True, GRAD=True, BLOCK=4096), (0, 0, 16, 3)),
 ]
 
-FP8 = (fp8._quantise_rows, "hewii", dict(BLOCK=4096), (0, 0, 8, 3))
+FP8 = (fp8._quantise_rows, "hewii", dict(INVERSE=1 / 448, BLOCK=4096), (0, 0, 8, 3))
 
 
 def compiled_shared(kernel, types, constants, tuned, capability):
