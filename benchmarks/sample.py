@@ -283,8 +283,7 @@ def one_size(size: str, cases: list[Case], modes: list[str], options, card: dict
             trainer = service.create_lora_training_client(str(folder), rank=options.rank, quantize="4bit", dtype=dtype)
             small = trainer.save_weights_and_get_sampling_client()
             found += [
-                ours(small, case, "nf4", card, linear_bytes=0.516 if case.batch <= MOST_ROWS else 2.0)
-                for case in cases
+                ours(small, case, "nf4", card, linear_bytes=0.516 if case.batch <= MOST_ROWS else 2.0) for case in cases
             ]
             del small, trainer
             service.close()

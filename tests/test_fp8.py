@@ -73,7 +73,7 @@ def test_a_state_says_how_it_was_computed(client, service, tmp_path):  # noqa: F
 
 
 def test_what_cannot_multiply_8_bit_floats_is_refused_with_the_reason(client, monkeypatch):  # noqa: F811
-    with pytest.raises(UsageError, match='None or "fp8", got \'fp16\''):
+    with pytest.raises(UsageError, match="None or \"fp8\", got 'fp16'"):
         client(compute="fp16")
     monkeypatch.setattr("local_tinker.model.load.fp8_fault", lambda device: "the card is older")
     with pytest.raises(UsageError, match="does not run here: the card is older; leave it out"):

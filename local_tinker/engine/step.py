@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..losses.base import LossData, LossInputs, LossSpec, LossTerms, Metric, combine_metrics
+from ..model.group import GroupLora
 from ..model.head import CHUNK, target_logprobs
 from ..model.load import LoadedModel
 from ..model.lora import LoraDropout, LoraPair, gradient_leaf
@@ -27,14 +29,16 @@ class Weights:
 
     Attributes:
         fp8: whether the base below it multiplies in 8-bit floats.
+        loras: what passes over these values share.
     """
 
     pairs: Mapping[str, LoraPair]
     scale: float
     head_path: str
     fp8: bool = False
+    loras: dict[int, GroupLora | None] = field(default_factory=dict, compare=False)
 
-    @property
+    @cached_property
     def body(self) -> dict[str, LoraPair]:
         return {path: pair for path, pair in self.pairs.items() if path != self.head_path}
 
@@ -145,6 +149,7 @@ def _hidden(
         sink=sink,
         rows=micro.rows,
         **({} if choice is None else {"tile": choice.tile}),
+        loras=weights.loras if dropout is None else None,
     )
 
 

@@ -13,6 +13,7 @@ Shapes: N packed tokens, I inputs, O outputs of all members, R rank, m adapted m
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ def _adjacent(parts: Sequence[Tensor]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class GroupLora:
-    """The adapters of one group in one pass.
+    """The adapters of one group in one pass, or in all passes of a call, during which their values stay.
 
     Attributes:
         members: which of the group's linears are adapted. a: (m R, I). bs: (O_i, R) each.
@@ -88,6 +89,8 @@ class ProjectionGroup:
         packed: all weights as one launch reads them, None where they are not NF4.
         below: address of the A matrices that stand below the weights, or None: a pass of another adapter has written
             there since, or the buffer is new.
+        _ridden: the adapter that stands in the buffer that is held, so that backward and later micro-batches of a call
+            find it there.
     """
 
     def __init__(self, paths: tuple[str, ...], linears: tuple[FrozenLinear, ...]) -> None:
@@ -101,6 +104,7 @@ class ProjectionGroup:
         self._resident: Tensor | None = None
         self.packed = packed_together(linears)
         self.below: int | None = None
+        self._ridden: weakref.ref[GroupLora] | None = None
         self._bias = self._stack_bias()
 
     def _stack_bias(self) -> Tensor | None:
@@ -135,7 +139,7 @@ class ProjectionGroup:
                 linear.share(self._resident[start : start + linear.out_features, : self.inputs])
 
     def release(self) -> None:
-        self._resident = self.below = None
+        self._resident = self.below = self._ridden = None
         for linear in self.linears:
             linear.release()
 
@@ -176,24 +180,30 @@ class ProjectionGroup:
         """[W ; A ; 0] (O + T, I) for one member, [W | s B | 0] (O, I + T) for several."""
         room = padded(lora.width)
         if self._resident is None:
-            buffer = self._dequantised(room)
+            buffer, there = self._dequantised(room), False
         else:
             self.hold(lora.width)
-            buffer = self._resident
+            buffer, there = self._resident, self._rides(lora)
+        buffer = buffer[: self.outputs + room] if self.single else buffer[: self.outputs, : self.inputs + room]
+        if not there:
+            self._put_adapter(lora, buffer)
+            self._ridden = None if self._resident is None else weakref.ref(lora)
+        return buffer
+
+    def _rides(self, lora: GroupLora) -> bool:
+        """Whether this adapter stands in the buffer still. Decoding lays its own below the weights and says so."""
+        same = self._ridden is not None and self._ridden() is lora
+        return same and (not self.single or self.below == lora.a.data_ptr())
+
+    def _put_adapter(self, lora: GroupLora, buffer: Tensor) -> None:
         if self.single:
-            buffer = buffer[: self.outputs + room]
             buffer[self.outputs : self.outputs + lora.rank].copy_(lora.a)
             self.below = lora.a.data_ptr()
-            if room > lora.rank:
+            if buffer.shape[0] > self.outputs + lora.rank:
                 buffer[self.outputs + lora.rank :].zero_()
         else:
-            buffer = buffer[: self.outputs, : self.inputs + room]
-            block_diagonal(
-                [(b, self.starts[i]) for i, b in zip(lora.members, lora.bs, strict=True)],
-                lora.scale,
-                buffer[:, self.inputs :],
-            )
-        return buffer
+            columns = [(b, self.starts[i]) for i, b in zip(lora.members, lora.bs, strict=True)]
+            block_diagonal(columns, lora.scale, buffer[:, self.inputs :])
 
     # -- one pass ----------------------------------------------------------------------------------------------------
 

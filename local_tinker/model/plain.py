@@ -70,6 +70,7 @@ class PlainRoad:
         sink: Pairs | None = None,
         rows: Tensor | None = None,
         tile: int = 0,  # noqa: ARG002  (transformers' MLP takes all rows at once)
+        loras: object = None,  # noqa: ARG002  (PEFT's layers take the pairs as they are)
     ) -> Tensor:
         """As `FastRoad.hidden`. Of the levels only whether a layer is run again counts: below "norms" it is."""
         self._inject(pairs)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..errors import ModelError
 from .agree import Seen
 from .attention import Attend, VarlenCausal
-from .group import ProjectionGroup
+from .group import GroupLora, ProjectionGroup
 from .kernels.rope import Angles, HeadLayout
 from .layer import DecoderBody, DecoderPass
 from .layer_parts import LayerWeights, Pairs, PassInputs
@@ -65,6 +65,7 @@ class FastRoad:
         sink: Pairs | None = None,
         rows: Tensor | None = None,
         tile: int = TILE,
+        loras: dict[int, GroupLora | None] | None = None,
     ) -> Tensor:
         """tokens, positions (N,) int64 -> hidden states after the final norm (N, H), or (M, H) of the chosen rows.
 
@@ -77,10 +78,14 @@ class FastRoad:
             dropout: on the adapters' inputs.
             sink: module path -> (dA, dB), to which the backward of the result adds; None builds no graph.
             rows: (M,) increasing positions. tile: rows of an MLP of which nothing is kept that are alive at once.
+            loras: shared by passes whose pairs hold the same values and which have no dropout, for what they work out of
+                those once.
         """
         if not pairs.keys() <= self._paths:
             raise ModelError(f"{min(pairs.keys() - self._paths)} is not a projection of this {self.spec.family} model")
-        call = PassInputs(attend, pairs, scale, dropout, self._angles(positions), sink, tile)
+        call = PassInputs(
+            attend, pairs, scale, dropout, self._angles(positions), sink, tile, {} if loras is None else loras
+        )
         if rows is not None and rows.shape[0] == tokens.shape[0]:
             rows = None
         if sink is None:

@@ -106,7 +106,9 @@ class Stacked:
         """x (B, I) -> W x + b in the first O columns of y, and what the adapter adds to it."""
         outputs, packed = self.outputs, self.group.packed
         more = self._a.shape[0] if self._adapted else 0
-        if packed is not None and packed.multiplies(x):  # faster than reading the dense weights, even where they are held
+        if packed is not None and packed.multiplies(
+            x
+        ):  # faster than reading the dense weights, even where they are held
             y = packed.multiply(x, self.group.bias, self._a if more else None)
         elif self.held:
             bias = None if self._bias is None else self._bias[: outputs + more]

@@ -30,7 +30,9 @@ def test_a_product_with_nf4_rounds_weights_as_dequantising_does_and_sums_once(co
     assert bool(((found.double() - expected).abs() <= expected.abs() * rounding + 1e-3 * expected.std()).all())
 
 
-@pytest.mark.skipif("fp8.fp8_fault(torch.device('cuda')) is not None", reason="needs a card that multiplies 8-bit floats")
+@pytest.mark.skipif(
+    "fp8.fp8_fault(torch.device('cuda')) is not None", reason="needs a card that multiplies 8-bit floats"
+)
 @pytest.mark.parametrize("biased", [False, True])
 def test_products_in_eight_bits_equal_the_definition(biased):
     x, w = fp8.quantise_rows(draw(33, 320)), fp8.quantise_rows(draw(48, 320, seed=1))
