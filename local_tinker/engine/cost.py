@@ -18,6 +18,7 @@ MEMORY_BYTE = {"cuda": 165, "cpu": 50}
 HOST_BYTE = 8000  # the same over PCIe: 165e12 / 25e9 is 6,600, 790e12 / 55e9 is 14,400
 SHOWN = 0.25  # share of an offloaded layer's transfers that the computation does not hide
 LAUNCHES = {"cuda": 3e11, "cpu": 1e9}  # a layer and micro-batch: launches, and products too small for the full rate
+FP8_LAUNCHES = 1e12  # instead of these where products are of 8-bit floats: more launches, beside faster products
 TILE_LAUNCHES = 0.25  # of these, for each further tile of a layer's MLP
 STEP_TOKENS = 16384  # tokens between two optimiser steps, over which parked moments cross the bus both ways
 FP8 = 0.6  # time of a product of 8-bit floats, with rounding what goes in, in that of the same one in bf16 (H100)
@@ -55,7 +56,8 @@ def time_per_token(dims: ModelDims, settings: TrainSettings, choice: Choice, *, 
     launches = dims.layers
     if in_tiles(settings, choice):
         launches += TILE_LAUNCHES * sum(levels[level] for level in TILED) * (-(-choice.tokens // choice.tile) - 1)
-    return products + moved + HOST_BYTE * (offloaded + parked) + LAUNCHES[settings.kind] * launches / choice.tokens
+    each = FP8_LAUNCHES if settings.fp8 and settings.kind == "cuda" else LAUNCHES[settings.kind]
+    return products + moved + HOST_BYTE * (offloaded + parked) + each * launches / choice.tokens
 
 
 def _needed(

@@ -73,3 +73,14 @@ def test_resident_layers_spare_what_they_would_have_computed_with():
     )
     weights = 2 * 100_663_296 + 2 * 3072 * 8192  # twice 100.7M weights a layer, and gate and up again
     assert deep_gain / plain_gain == pytest.approx(weights / (2 * 100_663_296))
+
+
+def test_products_of_8_bit_floats_take_less_time_unless_they_are_many_and_small():
+    dense, eight = TrainSettings(), TrainSettings(fp8=True)
+    held = replace(BASE, resident_layers=28)
+    assert 0.6 < time_per_token(LLAMA_3B, eight, held) / time_per_token(LLAMA_3B, dense, held) < 0.95
+    small = replace(held, tokens=1024)
+    assert time_per_token(LLAMA_3B, eight, small) > time_per_token(LLAMA_3B, dense, small)
+    # making them costs more than dequantising alone
+    cost = [time_per_token(LLAMA_3B, s, BASE) - time_per_token(LLAMA_3B, s, held) for s in (dense, eight)]
+    assert cost[1] > 3 * cost[0] > 0

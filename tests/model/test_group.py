@@ -153,3 +153,41 @@ def test_on_a_card_the_fused_form_is_as_near_to_fp64_as_separate_products(sizes,
     for ours, exact in zip(through(made, x, pairs, dy), by_autograd(made, x, pairs, dy), strict=True):
         exact = exact.detach()
         assert float((ours.to(F64) - exact).norm() / exact.norm()) < 6e-3
+
+
+@pytest.mark.parametrize("sizes", [(128,), (128, 64, 64)])
+def test_an_adapter_is_laid_beside_held_weights_once_until_something_else_stands_there(sizes, monkeypatch):
+    monkeypatch.setattr(ProjectionGroup, "fusable", True)
+    made = group("4bit", sizes, dtype=torch.bfloat16)
+    first, second = (
+        made.lora({p: (a + i, b + i) for p, (a, b) in random_pairs(made, dtype=torch.bfloat16).items()}, 0.7)
+        for i in range(2)
+    )
+    written, put = [], made._put_adapter
+    monkeypatch.setattr(made, "_put_adapter", lambda lora, buffer: (written.append(lora), put(lora, buffer))[1])
+
+    def ask(lora):
+        """Whether it was laid there anew; it stands there in any case."""
+        before = len(written)
+        wide = made._with_adapter(lora)
+        if made.single:
+            assert torch.equal(wide[128 : 128 + lora.rank], lora.a)
+        else:
+            assert torch.equal(wide[128:192, 64 + lora.rank : 64 + 2 * lora.rank], lora.bs[1] * 0.7)
+        return len(written) > before
+
+    assert ask(first) and ask(first)  # nothing is held: every product has a buffer of its own
+    made.hold(first.width)
+    assert [ask(first), ask(first), ask(second), ask(first), ask(first)] == [True, False, True, True, False]
+    if made.single:  # decoding lays its adapter below
+        made.with_below(4)[128:].zero_()
+        made.below = 12345
+        assert ask(first) and not ask(first)
+    made.hold(first.width + 64)  # a larger buffer
+    assert ask(first) and not ask(first)
+    made.release()
+    assert ask(first)
+    made.hold(first.width)
+    assert ask(second)
+    del second, written[:]
+    assert made._ridden() is None  # no adapter is kept alive by where it stood
