@@ -28,7 +28,7 @@ PARTS = (
     ("attention", ("_attend_splits", "_combine")),
     ("draw", ("_block_stats", "_pick_token", "_advance")),
     ("small", ("_add_norm", "_rope_write", "_gated", "_add_low_rank", "elementwise", "index", "embedding", "Memcpy")),
-    ("products", ("gemm", "nvjet", "cutlass", "splitK", "gemv", "kgemm", "cublas", "_nf4_rows")),
+    ("products", ("gemm", "nvjet", "cutlass", "splitK", "gemv", "kgemm", "cublas", "nf4_rows")),
 )
 
 

@@ -32,6 +32,14 @@ class Hardware:
     note: str | None = None
 
 
+def fp8_fault(capability: tuple[int, int] | None) -> str | None:
+    """Why a card of this compute capability multiplies no 8-bit floats, in words for the user; None where it does. A CPU
+    (None) computes the same in fp32, for trying things out."""
+    if capability is not None and capability < (8, 9):
+        return "the card is older than compute capability 8.9 (RTX 40 and H100 have it)"
+    return None
+
+
 def detect(kind: str | None = None) -> Hardware:
     """The first visible NVIDIA card, otherwise the CPU with the reason in `note`; with kind="cpu" the CPU in any case."""
     card, why = (None, "the CPU was asked for") if kind == "cpu" else _cuda()

@@ -113,7 +113,8 @@ class ServiceClient:
                 KL terms. Its rank, alpha and modules are used.
             micro_batch_tokens: tokens computed at a time; None lets the memory plan decide. Changes speed, not results.
             compute: None multiplies in `dtype`; "fp8" multiplies the frozen base's weights in 8-bit floats while training,
-                which is faster and an approximation. Adapters, attention, head and sampling stay in `dtype`.
+                which is faster and an approximation. Adapters, attention, head and sampling stay in `dtype`, so a sampler's
+                log-probs are then not exactly the trainer's.
         """
         from .training import TrainingClient
 
@@ -139,8 +140,13 @@ class ServiceClient:
         )
 
     @known_keywords
-    def create_training_client_from_state(self, path: str | Path) -> TrainingClient:
+    def create_training_client_from_state(
+        self, path: str | Path, *, compute: str | None = "as saved"
+    ) -> TrainingClient:
         """Continue from what `save_state` wrote, in this process or a fresh one: weights, moments, step and randomness.
+
+        Args:
+            compute: "as saved" is what the state was trained with; None continues in `dtype`, on a card without 8-bit floats.
 
         Raises:
             CheckpointError: a damaged folder, or a base model that is not the one it was trained on.
@@ -151,7 +157,8 @@ class ServiceClient:
             raise CheckpointError(
                 f"{path} is a saved {meta.get('kind', 'folder')}, not a training state; use what save_state wrote"
             )
-        trainer = self.create_lora_training_client(**meta["client"])
+        client = meta["client"] if compute == "as saved" else {**meta["client"], "compute": compute}
+        trainer = self.create_lora_training_client(**client)
         trainer._load_state(path, keep_cut=False)
         return trainer
 
@@ -268,8 +275,9 @@ def _options(
 ) -> AdapterOptions:
     """The user's arguments, checked."""
     from .engine.base import AdapterOptions
+    from .engine.footprint import COMPUTE
 
-    if compute not in (None, "fp8"):
+    if compute not in COMPUTE:
         raise UsageError(f'compute must be None or "fp8", got {compute!r}')
     return AdapterOptions(
         rank=whole("rank", rank),

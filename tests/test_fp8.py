@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -69,19 +70,67 @@ def test_a_state_says_how_it_was_computed(client, service, tmp_path):  # noqa: F
     trainer.save_state(tmp_path / "state")
     resumed = service.create_training_client_from_state(tmp_path / "state")
     assert inner(resumed).budget.settings.fp8
-    assert torch.equal(step(resumed), step(trainer))
+    dense = service.create_training_client_from_state(tmp_path / "state", compute=None)
+    assert not inner(dense).budget.settings.fp8
+    found, expected = step(resumed), step(trainer)
+    assert torch.equal(found, expected) and not torch.equal(step(dense), expected)
 
 
 def test_what_cannot_multiply_8_bit_floats_is_refused_with_the_reason(client, monkeypatch):  # noqa: F811
     with pytest.raises(UsageError, match="None or \"fp8\", got 'fp16'"):
         client(compute="fp16")
-    monkeypatch.setattr("local_tinker.model.load.fp8_fault", lambda device: "the card is older")
-    with pytest.raises(UsageError, match="does not run here: the card is older; leave it out"):
+    monkeypatch.setattr("local_tinker.model.load.fp8_fault", lambda capability: "the card is older")
+    with pytest.raises(UsageError, match="does not run here: the card is older; use compute=None"):
         client(compute="fp8")
     monkeypatch.undo()
     model = inner(client()).model
     monkeypatch.setattr(model, "fast", None)
     assert "plain road" in model.fp8_fault()
+
+
+def test_training_and_sampling_in_turns_hold_one_form_of_the_weights(client):  # noqa: F811
+    trainer = client(quantize="4bit", compute="fp8")
+    model = inner(trainer).model
+    sampled = trainer.save_weights_and_get_sampling_client()
+    sampled.sample("one", max_tokens=2)
+    dense = [
+        weakref.ref(group._resident.untyped_storage()) for layer in model.fast.weights.layers for group in layer.groups
+    ]
+    assert all(storage() is not None for storage in dense)
+    step(trainer)
+    assert not any(storage() is not None for storage in dense) and model.held_bytes > 0
+    sampled.sample("one", max_tokens=2)
+
+
+def test_a_dense_base_stays_where_it_is_whoever_trains(client):  # noqa: F811
+    eight, dense = client(quantize=None, compute="fp8"), client(quantize=None)
+    model = inner(dense).model
+    places = set()
+    for _ in range(3):
+        step(dense)
+        places.add(tuple(group._resident.data_ptr() for layer in model.fast.weights.layers for group in layer.groups))
+        state = inner(eight)
+        state.budget = replace(state.budget, choice=replace(state.budget.choice, resident_layers=0))
+        step(eight)
+    assert len(places) == 1
+
+
+def test_rollouts_of_the_exact_base_are_pointed_out(client):  # noqa: F811
+    trainer = client(compute="fp8")
+    said = []
+    trainer._say = said.append
+    groups = trainer.save_weights_and_get_sampling_client().sample_batch(["one", "4"], n=2, max_tokens=3)
+    trainer.forward_backward(groups, [[0.0, 1.0], [1.0, 0.0]], loss_fn="grpo", old_logprobs="trainer")
+    assert not any("fp8" in line for line in said)
+    trainer.forward_backward(groups, [[0.0, 1.0], [1.0, 0.0]], loss_fn="grpo")
+    assert sum("not 1 at the start" in line for line in said) == 1
+
+
+def test_a_run_on_an_older_card_says_so_before_it_loads_anything(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("local_tinker.recipes.early.fp8_fault", lambda capability: "the card is older")
+    words = ["run", "--model", "smollm2-135m", "--dataset", str(tmp_path / "none.jsonl"), "--compute", "fp8"]
+    assert app.main(words) == 2
+    assert "compute=fp8 does not run here: the card is older" in capsys.readouterr().err
 
 
 def test_the_plan_counts_8_bit_floats(capsys):

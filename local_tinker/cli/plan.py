@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from ..engine.footprint import GIB, QUANTIZE, TrainSettings
+from ..engine.footprint import COMPUTE, GIB, QUANTIZE, TrainSettings
 from ..engine.memory import plan_training
 from ..errors import UsageError
-from ..hardware import detect
+from ..hardware import detect, fp8_fault
 from ..model import catalogue
 from ..recipes.report import gib
 from . import output
@@ -37,12 +37,14 @@ def plan(
         raise UsageError(f"--vram takes the card's memory in GiB, such as 24; got {vram:g}")
     if rank < 1 or seq_len < 0:
         raise UsageError(f"--rank must be >= 1 and --seq-len >= 0, got {rank} and {seq_len}")
-    if compute not in (None, "fp8"):
+    if compute not in COMPUTE:
         raise UsageError(f"--compute takes fp8 or is left out, got {compute!r}")
     dims = catalogue.dims(model)
     if seq_len > dims.max_positions:
         raise UsageError(f"--seq-len {seq_len:,} is longer than the context of {model}, {dims.max_positions:,} tokens")
     hardware = None if vram is not None else detect()
+    if hardware is not None and compute == "fp8" and (reason := fp8_fault(hardware.capability)) is not None:
+        raise UsageError(f"--compute fp8 does not run here: {reason}; leave it out, or give --vram for another card")
     kind, size = (hardware.kind, 2 if hardware.bf16 else 4) if hardware else ("cuda", 2)
     free = round(vram * GIB) if vram is not None else hardware.free_bytes
     settings = TrainSettings(

@@ -19,6 +19,7 @@ from ..model.levels import LEVELS, TILE, TILED
 
 MIB, GIB = 2**20, 2**30
 QUANTIZE = ("4bit", "8bit", "none")
+COMPUTE = (None, "fp8")
 KINDS = ("cuda", "cpu")
 
 # Fitted to measurement by benchmarks/memory_plan.py. What cuBLAS and the kernels hold for themselves, with what many

@@ -91,7 +91,7 @@ class LocalEngine:
             model = self._base(base_id)
             spec = _adapter_spec(model, options, start)
             if options.compute == "fp8" and (reason := model.fp8_fault()) is not None:
-                raise UsageError(f'compute="fp8" does not run here: {reason}; leave it out')
+                raise UsageError(f'compute="fp8" does not run here: {reason}; use compute=None')
             budget = plan_budget(
                 model, spec, micro_batch_tokens=options.micro_batch_tokens, fp8=options.compute == "fp8"
             )

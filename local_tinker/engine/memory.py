@@ -250,7 +250,8 @@ def describe(choice: Choice, settings: TrainSettings) -> str:
 def _levers(dims: ModelDims, settings: TrainSettings, choice: Choice) -> tuple[Lever, ...]:
     """Changes of the choice, which cost time only, the cheapest byte first; then what only the user can give up."""
     before, time = total_bytes(dims, settings, choice), time_per_token(dims, settings, choice)
-    ways = {"no dequantised weights kept": replace(choice, resident_layers=0)}
+    held = "no weights held in 8-bit floats" if settings.fp8 else "no dequantised weights kept"
+    ways = {held: replace(choice, resident_layers=0)}
     for level in _levels(settings):
         if LEVELS.index(level) > LEVELS.index(choice.levels[-1]):
             ways[f"every layer at recompute level {level!r}"] = replace(choice, levels=(level,) * dims.layers)

@@ -197,13 +197,14 @@ class Trainer:
         gradients = Gradients(
             self.adapter.views(self.window.buffer(key)), None if value is None else value.window.buffer(key)
         )
+        reference = self.reference_weights() if "reference" in needs else None
         for micro in self._micro_batches(call.units, spec, share=self.spec.dropout == 0.0):
             out = run_forward(
                 self.model,
                 micro,
                 weights,
                 needs=needs,
-                reference=self.reference_weights() if "reference" in needs else None,
+                reference=reference,
                 value_head=None if value is None else value.weights,
                 gradients=gradients,
                 choice=self.budget.choice_for(len(micro.tokens)),

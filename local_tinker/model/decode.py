@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .kernels import power_of_two, triton_ready
-from .kernels.cuda import cuda_fault
 from .kernels.decode_attention import decode_attention
 from .kernels.decode_step import HeadNorms, add_low_rank, add_norm, gated_product, rope_write
+from .kernels.nf4_rows import rows_fault
 from .kernels.norm import rms_norm
 from .kernels.paged import PagedRows
 from .layer_parts import LayerWeights, Pairs
@@ -62,8 +62,9 @@ class DecodeRoad:
             2 * rope.inv_freq.shape[0] != spec.head_dim for rope in self._weights.ropes.values()
         ):
             found.append(f"rotation of {spec.head_dim}-wide heads")
+        device = self._weights.embedding.device
         four_bit = any(group.group.packed is not None for layer in self._layers for group in layer.groups)
-        if four_bit and (reason := cuda_fault()) is not None:
+        if four_bit and (reason := rows_fault(device.index or 0)) is not None:
             found.append(f"products of few rows with four-bit weights ({reason})")
         return found if triton_ready(self._weights.embedding.device.type) else ["every step: Triton is not available"]
 

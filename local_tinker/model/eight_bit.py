@@ -42,11 +42,17 @@ class EightBitGroup(ProjectionGroup):
     def hold(self, width: int = 0) -> None:  # noqa: ARG002  (adapters stand apart)
         if self._outputs is None:
             dense = self.dense()
-            self._outputs, self._inputs = quantise_rows(dense), quantise_rows(dense.t().contiguous())
+            outputs, turned = quantise_rows(dense), dense.t().contiguous()
+            del dense
+            self._outputs, self._inputs = outputs, quantise_rows(turned)
 
     def release(self) -> None:
-        """The dense copies are the other road's, which shares the linears."""
-        self._outputs = self._inputs = None
+        self._outputs = self._inputs = None  # and nothing dense: that is the other road's, which shares the linears
+
+    def dense(self) -> Tensor:
+        if self.packed is None:
+            return super().dense()
+        return self._dequantised(0)[: self.outputs, : self.inputs]  # in one launch for a single member too
 
     def fused(self, lora: GroupLora | None) -> bool:  # noqa: ARG002
         return False

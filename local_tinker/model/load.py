@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, UsageError
+from ..hardware import fp8_fault
 from .agree import relative_gap
 from .decode import DecodeRoad
 from .dims import ModelDims
 from .eight_bit import EightBitGroup
 from .head import Head
 from .kernels import fault
-from .kernels.fp8 import ALIGN, fp8_fault
+from .kernels.fp8 import ALIGN
 from .linear import QUANTISERS, FrozenLinear
 from .plain import PlainRoad, probe
 from .road import FastRoad, collect
@@ -122,7 +123,7 @@ class LoadedModel:
         odd = [p for p, linear in self.projections.items() if linear.in_features % ALIGN or linear.out_features % ALIGN]
         if odd:
             return f"{odd[0]} is not a multiple of {ALIGN} wide"
-        return fp8_fault(self.device)
+        return fp8_fault(torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else None)
 
     @property
     def _groups_in_fp8(self) -> list[tuple[EightBitGroup, ...]]:
@@ -148,9 +149,9 @@ class LoadedModel:
             for linear in self.projections.values():
                 linear.hold()
             return
-        if fp8 and self.quantize is not None:
+        if fp8:
             self._release_dense()
-        elif not fp8:
+        else:
             self.release_fp8()
         for index, layer in enumerate(self.road_in(fp8=fp8).weights.layers):
             for group in layer.groups:
@@ -164,6 +165,8 @@ class LoadedModel:
             group.release()
 
     def _release_dense(self) -> None:
+        if self.quantize is None:
+            return  # what is laid out for the products is the base itself
         for group in (group for layer in self.fast.weights.layers for group in layer.groups):
             group.release()
 

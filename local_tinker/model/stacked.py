@@ -28,7 +28,7 @@ class Stacked:
         self.group = group
         self._rank = 0
         self._bias: Tensor | None = None  # (O + parts * R,)
-        self._a: Tensor | None = None  # (parts * R, I)
+        self._apart: Tensor | None = None  # A (parts * R, I) where the weights are not held
         self._b: Tensor | None = None  # (O, R)
         self._scale = 1.0
         self._adapted = False
@@ -42,6 +42,13 @@ class Stacked:
     @property
     def held(self) -> bool:
         return self.group.held
+
+    @property
+    def _a(self) -> Tensor | None:
+        """(parts * R, I). Asked for each time: a view that is kept would keep weights that training has let go of."""
+        if not self.held:
+            return self._apart
+        return self.group.with_below(len(self.group.linears) * self._rank)[self.outputs :]
 
     @property
     def address(self) -> tuple[int, ...]:
@@ -68,16 +75,16 @@ class Stacked:
         self._laid_out = self._weights_at()
         like = dict(dtype=self.group.linears[0].dtype, device=self.group.linears[0].weight.device)
         if self.held:
-            self._a = self.group.with_below(parts * self._rank)[self.outputs :]
-        elif self._a is None or self._a.shape[0] != parts * self._rank:
-            self._a = torch.zeros(parts * self._rank, self.group.inputs, **like)
+            self._apart = None
+        elif self._apart is None or self._apart.shape[0] != parts * self._rank:
+            self._apart = torch.zeros(parts * self._rank, self.group.inputs, **like)
         if self._b is None or self._b.shape[1] != self._rank:
             self._b = torch.zeros(self.outputs, self._rank, **like)
             bias = self.group.bias
             self._bias = None if bias is None else F.pad(bias, (0, parts * self._rank))
 
     def release(self) -> None:
-        self._a = self._b = self._bias = None
+        self._apart = self._b = self._bias = None
         self._rank, self._adapted = 0, False
 
     def bind(self, pairs: Sequence[LoraPair | None], scale: float) -> list[tuple[Tensor, Tensor]]:
@@ -104,19 +111,18 @@ class Stacked:
 
     def product(self, x: Tensor) -> tuple[Tensor, LowRank | None]:
         """x (B, I) -> W x + b in the first O columns of y, and what the adapter adds to it."""
-        outputs, packed = self.outputs, self.group.packed
-        more = self._a.shape[0] if self._adapted else 0
-        if packed is not None and packed.multiplies(
-            x
-        ):  # faster than reading the dense weights, even where they are held
-            y = packed.multiply(x, self.group.bias, self._a if more else None)
+        outputs, packed, below = self.outputs, self.group.packed, self._a if self._adapted else None
+        # Faster than reading the dense weights, even where they are held.
+        if packed is not None and packed.multiplies(x):
+            y = packed.multiply(x, self.group.bias, below)
         elif self.held:
-            bias = None if self._bias is None else self._bias[: outputs + more]
-            y = project(x, self.group.with_below(more), bias)
+            rows = 0 if below is None else below.shape[0]
+            bias = None if self._bias is None else self._bias[: outputs + rows]
+            y = project(x, self.group.with_below(rows), bias)
         else:
             y = project(x, self.group.dense(), self.group.bias)
-            return y, self._low_rank(project(x, self._a) if more else None)
-        return y, self._low_rank(y[:, outputs:] if more else None)
+            return y, self._low_rank(None if below is None else project(x, below))
+        return y, self._low_rank(None if below is None else y[:, outputs:])
 
     def _low_rank(self, thin: Tensor | None) -> LowRank | None:
         return None if thin is None else LowRank(thin, self._b, self._scale, self.group.starts)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint import check_name
 from ..data import formats
 from ..errors import ModelError, UsageError
+from ..hardware import detect, fp8_fault
 from ..model import catalogue
 from ..runs import RECORD, Run
 from ..track import TRACKERS, check_installed
@@ -29,6 +30,8 @@ def check_config(config: Common) -> None:
     check_installed(tracker_names(config))
     check_folder(config.output_dir)
     _check_model(config.model)
+    if config.compute == "fp8" and (reason := fp8_fault(detect().capability)) is not None:
+        raise UsageError(f"compute=fp8 does not run here: {reason}; leave it out")
     if hasattr(config, "max_tokens"):
         _check_room(config)
 

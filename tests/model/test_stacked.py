@@ -129,7 +129,7 @@ def test_few_rows_are_multiplied_from_the_four_bits_even_beside_the_dense_weight
 
 def test_four_bit_products_without_a_compiler_are_named(monkeypatch):
     monkeypatch.setattr("local_tinker.model.decode.triton_ready", lambda kind: True)
-    monkeypatch.setattr("local_tinker.model.decode.cuda_fault", lambda: "no compiler")
+    monkeypatch.setattr("local_tinker.model.decode.rows_fault", lambda device: "no compiler")
     monkeypatch.setattr("local_tinker.model.decode.power_of_two", lambda n, least: n)
     _, road, _, _ = fast("llama")
     assert DecodeRoad(road).unfused() == []

@@ -67,7 +67,7 @@ class CudaKernel:
     """
 
     def __init__(self, name: str, device: int, threads: int, **constants: int | str) -> None:
-        self._threads = threads
+        self._device, self._threads = device, threads
         major, minor = torch.cuda.get_device_capability(device)
         code = compiled(name, f"sm_{major}{minor}", **constants)
         with torch.cuda.device(device):
@@ -75,11 +75,17 @@ class CudaKernel:
             self._module = _checked(driver.cuModuleLoadData(code))
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
 
+    @property
+    def resident(self) -> int:
+        """Programs that run on a multiprocessor at once."""
+        return _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, self._threads, 0))
+
     def launch(self, programs: int, *args: Tensor | int | None) -> None:
-        """On the current stream. Tensors go as their addresses, None as no address, integers as 32 bits."""
+        """On the current stream of the kernel's card. Tensors go as their addresses, None as no address, integers as 32
+        bits."""
         values = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg or 0 for arg in args)
         types = tuple(_INT if type(arg) is int else ctypes.c_void_p for arg in args)
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = torch.cuda.current_stream(self._device).cuda_stream
         _checked(
             driver.cuLaunchKernel(
                 self._function, programs, 1, 1, self._threads, 1, 1, 0, stream, (values, types), 0

@@ -19,12 +19,10 @@ from . import KERNEL_DTYPES
 from .cuda import CudaKernel, cuda_fault
 
 MOST_ROWS = 16
-BLOCK, NESTED = (
-    64,
-    256,
-)  # weights an absmax, absmaxes a scale: the kernel's, and bitsandbytes' where nobody says otherwise
+BLOCK = 64  # weights an absmax, and
+NESTED = 256  # absmaxes a scale: the kernel's, and bitsandbytes' where nobody says otherwise
 ROWS = (4, 8, MOST_ROWS)  # instances
-THREADS, WARPS, RESIDENT = 256, 8, 3  # of a program; programs on a multiprocessor
+THREADS, WARPS = 256, 8  # of a program
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -44,9 +42,22 @@ def rows_serve(x: Tensor, parts: Sequence[tuple[Tensor, Any]]) -> bool:
         and x.shape[1] % BLOCK == 0
         and x.is_contiguous()
         and all(q.numel() < 2**30 and s.blocksize == BLOCK and s.state2.blocksize == NESTED for q, s in parts)
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
-        and cuda_fault() is None
+        and rows_fault(x.device.index) is None
     )
+
+
+@cache
+def rows_fault(device: int) -> str | None:
+    """Why the kernel cannot run on this card, in words for the user; None where it can."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the card is older than compute capability 8.0"
+    if (reason := cuda_fault()) is not None:
+        return reason
+    try:
+        _kernel(device, _KINDS[torch.bfloat16], ROWS[0])
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def nf4_rows(x: Tensor, parts: Sequence[tuple[Tensor, Any]], bias: Tensor | None, below: Tensor | None) -> Tensor:
@@ -54,20 +65,21 @@ def nf4_rows(x: Tensor, parts: Sequence[tuple[Tensor, Any]], bias: Tensor | None
 
     Args:
         parts: packed weights and QuantState of each. bias: (O,).
-        below: B (T, I) dense, whose rows may be part of something wider; None for T = 0.
+        below: B (T, I) dense, whose rows may be part of something wider but start at 16 bytes; None for T = 0.
     """
     rows, inputs = x.shape
     outputs = [2 * q.numel() // inputs for q, _ in parts]
     more = 0 if below is None else below.shape[0]
     y = x.new_empty(rows, sum(outputs) + more)
     instance = next(size for size in ROWS if rows <= size)
-    programs, splits = _shape(x.device.index, instance, inputs, (*outputs, more))
+    kind = _KINDS[x.dtype]
+    programs, splits = _shape(x.device.index, kind, instance, inputs, (*outputs, more))
     weights = []
     for at in range(3):
         q, s = parts[at] if at < len(parts) else (None, None)
         weights += [None] * 4 + [0] if q is None else [q, s.absmax, s.state2.absmax, s.offset, outputs[at]]
     state = parts[0][1]  # both tables of levels belong to the format, not to the weight
-    _kernel(x.device.index, _KINDS[x.dtype], instance).launch(
+    _kernel(x.device.index, kind, instance).launch(
         programs, *weights, state.state2.code, state.code, x, below, bias, y,
         rows, inputs, more, 0 if below is None else below.stride(0), y.stride(0),
         0 if bias is None else bias.shape[0], splits,
@@ -81,15 +93,17 @@ def _kernel(device: int, kind: str, rows: int) -> CudaKernel:
 
 
 @cache
-def _shape(device: int, instance: int, inputs: int, outputs: tuple[int, ...]) -> tuple[int, int]:
-    """Programs, and warps that share the sum of a tile: many for few tiles, so that all multiprocessors have some."""
+def _shape(device: int, kind: str, instance: int, inputs: int, outputs: tuple[int, ...]) -> tuple[int, int]:
+    """Programs, no more than run at once, and warps that share the sum of a tile: many for few tiles, so that all
+    multiprocessors have some."""
     size, step = (8, 256) if instance <= 4 else (16, 128)
     tiles, steps = sum(-(-o // size) for o in outputs), -(-inputs // step)
-    most = torch.cuda.get_device_properties(device).multi_processor_count * RESIDENT
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    most = processors * _kernel(device, kind, instance).resident
 
     def cost(splits: int) -> int:
         rounds = -(-tiles * splits // (WARPS * most))
         return rounds * (-(-steps // splits) + 2)
 
-    splits = min((n for n in (1, 2, 4, 8) if n <= WARPS), key=cost)
+    splits = min((1, 2, 4, WARPS), key=cost)
     return min(most, -(-tiles * splits // WARPS)), splits
