@@ -39,11 +39,16 @@ def test_gradients_are_near_those_of_the_dense_base_and_no_plan_changes_a_bit(cl
     assert all(torch.equal(first, other) for other in found.values())
 
 
-def test_the_reference_multiplies_as_the_policy_does(client):  # noqa: F811
+@pytest.mark.parametrize("started", [True, False])
+def test_the_reference_multiplies_as_the_policy_does(client, started):  # noqa: F811
     trainer = client(compute="fp8")
     state = inner(trainer)
     with torch.no_grad():
-        state.reference = state.adapter.compute.clone()
+        if started:  # from a saved adapter, which is then the reference
+            state.reference = state.adapter.compute.clone()
+        else:  # the base is, and the policy adds nothing to it yet
+            state.adapter.master.zero_()
+            state.adapter.refresh()
     pair = {"prompt": "What is one plus two?", "chosen": "Three.", "rejected": "Four."}
     assert float(trainer.forward_backward([pair], loss_fn="dpo")) == pytest.approx(math.log(2), abs=1e-6)
 
