@@ -32,10 +32,12 @@ def test_a_product_with_nf4_rounds_weights_as_dequantising_does_and_sums_once(co
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("inputs", [320, 14336])
-def test_products_in_eight_bits_equal_the_definition(inputs, biased):
+@pytest.mark.parametrize(
+    ("inputs", "tolerance"), [(320, 6e-3), (14336, 1.2e-2)]
+)  # the cores keep fewer bits of long sums
+def test_products_in_eight_bits_equal_the_definition(inputs, tolerance, biased):
     if (reason := fp8_fault(torch.cuda.get_device_capability())) is not None:
         pytest.skip(reason)
     x, w = fp8.quantise_rows(draw(33, inputs)), fp8.quantise_rows(draw(48, inputs, seed=1))
     bias = draw(48, seed=2) if biased else None
-    near(fp8.product(x, w, bias, HALF), fp8.product_reference(x, w, bias, HALF), 6e-3)
+    near(fp8.product(x, w, bias, HALF), fp8.product_reference(x, w, bias, HALF), tolerance)

@@ -149,6 +149,7 @@ def test_an_interrupted_run_leaves_the_engine_usable_and_memory_flat():
 def test_few_rows_of_a_four_bit_model_are_multiplied_from_the_four_bits(tmp_path, monkeypatch):
     from local_tinker import ServiceClient
     from local_tinker.model.kernels.nf4 import Packed
+    from local_tinker.model.kernels.nf4_rows import MOST_ROWS
     from tests import tiny
 
     folder = tiny.save(tmp_path / "model", hidden_size=256, num_attention_heads=4, intermediate_size=512)
@@ -163,10 +164,11 @@ def test_few_rows_of_a_four_bit_model_are_multiplied_from_the_four_bits(tmp_path
 
     monkeypatch.setattr(Packed, "multiply", counted)
     gaps = []
-    for n in (1, 2, 4):
+    for n in (1, 3, 24):
         for completion in sampler.sample_batch([[5, 6, 7]], n, max_tokens=20, stop=[], seed=1)[0]:
             scores = sampler.compute_logprobs([5, 6, 7, *completion.tokens])[3:]
             gaps += [abs(a - b) for a, b in zip(completion.logprobs, scores, strict=True)]
     # of a single log-prob of this random model 0.14 was seen; another weight or row gives whole units
     assert sum(gaps) / len(gaps) < BF16_GAP / 2 and max(gaps) < 4 * BF16_GAP
-    assert set(rows) == {1, 2}  # more read the dense weights, which are held where there is room
+    # more than the kernel takes read the dense weights, which are held where there is room
+    assert 1 in rows and 3 <= max(rows) <= MOST_ROWS
