@@ -66,3 +66,12 @@ def test_help_loads_no_torch_and_answers_at_once(words):
 
     # time on the processor, which neighbours on a busy machine disturb less than the clock on the wall
     assert best_of(4, measure) < 0.25
+
+
+def test_bitsandbytes_does_not_bring_torchs_compiler_along():
+    code = (
+        "import sys, torch; compiler = torch.compile; from local_tinker.model.linear import NF4Weight; "
+        "stored = NF4Weight(torch.randn(8, 64)); assert stored.dense(torch.float32).shape == (8, 64); "
+        "assert torch.compile is compiler and 'bitsandbytes' in sys.modules; print('torch._inductor.compile_fx' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split()[-1] == "False"

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +27,16 @@ NF4_BLOCK = 64  # weights that share one absmax (Dettmers et al., arXiv 2305.143
 
 
 def bitsandbytes() -> ModuleType:
-    """Import bitsandbytes without letting it look for kernels on a hub, which it does at import on some CPUs."""
+    """Import bitsandbytes without letting it look for kernels on a hub, which it does at import on some CPUs, or compile
+    optimisers and paths that are not used here, for which it loads all of torch's compiler: seconds of every start."""
     if "bitsandbytes" in sys.modules:
         return sys.modules["bitsandbytes"]
-    hidden = sys.modules.get("kernels")
+    hidden, compiler = sys.modules.get("kernels"), torch.compile
     log = logging.getLogger("bitsandbytes")
     level = log.level
     log.setLevel(logging.ERROR)
     sys.modules["kernels"] = None  # an import of it fails, and bitsandbytes goes on without
+    torch.compile = _left_as_it_is
     try:
         import bitsandbytes
         import bitsandbytes.functional
@@ -42,12 +45,18 @@ def bitsandbytes() -> ModuleType:
             f"quantize= needs bitsandbytes, which did not import ({error}); pip install 'bitsandbytes>=0.50', or quantize=None"
         ) from error
     finally:
+        torch.compile = compiler
         log.setLevel(level)
         if hidden is None:
             del sys.modules["kernels"]
         else:
             sys.modules["kernels"] = hidden
     return bitsandbytes
+
+
+def _left_as_it_is(function: Callable | None = None, **options: Any) -> Callable:
+    """In place of torch.compile, with arguments or without."""
+    return function if function is not None else lambda decorated: decorated
 
 
 class DenseWeight:
