@@ -54,7 +54,7 @@ def bitsandbytes() -> ModuleType:
     return bitsandbytes
 
 
-def _left_as_it_is(function: Callable | None = None, **options: Any) -> Callable:
+def _left_as_it_is(function: Callable | None = None, **_: Any) -> Callable:
     """In place of torch.compile, with arguments or without."""
     return function if function is not None else lambda decorated: decorated
 

@@ -21,7 +21,8 @@ from .lora import LoraPair
 class Stacked:
     """One group's weights with the A matrices of one adapter below them, in the buffer that the group holds anyway.
 
-    Groups that are quantised and not held (there is no memory for it) are multiplied from their own storage.
+    Few rows are multiplied from four-bit weights themselves; more of them, where there is no memory to hold the weights
+    dense, from what is dequantised for each product.
     """
 
     def __init__(self, group: ProjectionGroup) -> None:

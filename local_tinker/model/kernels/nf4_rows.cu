@@ -1,14 +1,14 @@
 // x (rows, inputs) times up to three NF4 weights and a dense matrix below them, summed in fp32 on the tensor cores.
 //
-// The weights are the sixteen rows of a product of m16n8k16 and x its eight columns. Which inputs stand where in it is free
-// as long as both agree, so a lane keeps what one load of sixteen bytes brings: 32 inputs in a row of one output, which share
-// an absmax. With up to four rows of x the lower eight rows of the product are the same outputs at other inputs, and its
-// last four columns x there: of the four quarters of what it gives, two count.
+// The weights are the sixteen rows of a product of m16n8k16 and x its eight columns. Which inputs stand where in it is
+// free as long as both agree, so a lane keeps what one load of sixteen bytes brings: 32 inputs in a row of one output,
+// which share an absmax. With up to four rows of x the lower eight rows of the product are the same outputs at other
+// inputs, and its last four columns x there: of the four quarters of what it gives, two count.
 //
 // What limits four-bit products of few rows is the instructions that a weight costs. A byte, two weights, is looked up
-// at once: the table of all 256 pairs of levels stands in shared memory sixteen times, once for each lane of those that read
-// together, so that no two lanes wait for a bank. Then two multiplications with absmax, which round as dequantising does, and
-// one conversion, which leaves the pair as the tensor cores take it.
+// at once: the table of all 256 pairs of levels stands in shared memory sixteen times, once for each lane of those that
+// read together, so that no two lanes wait for a bank. Then two multiplications with absmax, which round as dequantising
+// does, and one conversion, which leaves the pair as the tensor cores take it.
 //
 // Constants of an instance: KIND ("bf16" or "f16"), ROWS (at most so many of x: 4, 8 or 16).
 
@@ -17,7 +17,7 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int RESIDENT = 3;  // programs on a multiprocessor
+constexpr int RESIDENT = 3;  // programs on a multiprocessor, where its shared memory is enough
 constexpr bool SPLIT = ROWS <= 4;
 constexpr int OUTPUTS = SPLIT ? 8 : 16;   // of a warp
 constexpr int COLUMNS = ROWS > 8 ? 2 : 1;  // of eight
@@ -225,7 +225,8 @@ struct Out {
 
 // Adds up what the warps of a tile have and stores it. All warps of a program come here together.
 __device__ __forceinline__ void finish(
-    float (&sums)[COLUMNS][4], float4 (*shares)[WARPS][32], const Out& out, int tile, int outputs, int base, int split, int splits
+    float (&sums)[COLUMNS][4], float4 (*shares)[WARPS][32], const Out& out, int tile, int outputs, int base, int split,
+    int splits
 ) {
     const Lane lane;
     const int warp = threadIdx.x / 32, own = threadIdx.x % 32;
@@ -285,7 +286,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_rows(
     for (int i = threadIdx.x; i < 256; i += THREADS) absmaxes[i] = table[i];
     __syncthreads();
 
-    const u32 lookup = (u32)__cvta_generic_to_shared(&pairs[0][threadIdx.x % COPIES]);
+    const u32 copy = (u32)__cvta_generic_to_shared(&pairs[0][threadIdx.x % COPIES]);
+    u32 lookup;  // an address that is only known now, so that nothing is looked up before the table is filled
+    asm volatile("mov.u32 %0, %1;" : "=r"(lookup) : "r"(copy) : "memory");
     const Columns columns(lane, x, rows, inputs);
     const Out out = {y, bias, rows, y_stride, biases};
     for (int start = blockIdx.x * slots; start < all.tiles(); start += stride) {
