@@ -84,7 +84,7 @@ def test_a_state_says_how_it_was_computed(client, service, tmp_path):  # noqa: F
 def test_what_cannot_multiply_8_bit_floats_is_refused_with_the_reason(client, monkeypatch):  # noqa: F811
     with pytest.raises(UsageError, match="None or \"fp8\", got 'fp16'"):
         client(compute="fp16")
-    monkeypatch.setattr("local_tinker.model.load.fp8_fault", lambda capability: "the card is older")
+    monkeypatch.setattr("local_tinker.model.loaded.fp8_fault", lambda capability: "the card is older")
     with pytest.raises(UsageError, match="does not run here: the card is older; use compute=None"):
         client(compute="fp8")
     monkeypatch.undo()

@@ -13,7 +13,8 @@ from safetensors.torch import load
 from ..errors import CheckpointError, StateError, UsageError
 from ..model.adapter import Adapter, AdapterSpec, choose_targets
 from ..model.decode import DecodeRoad
-from ..model.load import LoadedModel, fingerprint, load_model
+from ..model.load import fingerprint, load_model
+from ..model.loaded import LoadedModel
 from ..out_of_memory import give_back, until_it_fits
 from ..sampler.decode import Progress, SamplerEngine
 from ..sampler.sequence import Delta, Finished, Request, derive_seed

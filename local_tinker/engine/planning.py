@@ -11,7 +11,7 @@ from ..hardware import memory
 from ..model.adapter import AdapterSpec
 from ..model.dims import ModelDims
 from ..model.levels import LEVELS
-from ..model.load import LoadedModel
+from ..model.loaded import LoadedModel
 from .footprint import standing_parts, total_bytes
 from .memory import Choice, TrainSettings, choose, describe, sampler_tokens, smaller_limit, usable_bytes, with_residency
 

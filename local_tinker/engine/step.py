@@ -17,7 +17,7 @@ from torch import Tensor
 from ..losses.base import LossData, LossInputs, LossSpec, LossTerms, Metric, combine_metrics
 from ..model.group import GroupLora
 from ..model.head import CHUNK, target_logprobs
-from ..model.load import LoadedModel
+from ..model.loaded import LoadedModel
 from ..model.lora import LoraDropout, LoraPair, gradient_leaf
 from .footprint import Choice
 from .micro_batch import Layout, MicroBatch

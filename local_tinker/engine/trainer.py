@@ -18,7 +18,7 @@ from ..errors import DeviceMemoryError, StateError
 from ..losses import LOSSES
 from ..losses.base import LossInputs, LossSpec, finish_metrics
 from ..model.adapter import Adapter, AdapterSpec
-from ..model.load import LoadedModel
+from ..model.loaded import LoadedModel
 from ..model.lora import LoraDropout
 from ..out_of_memory import until_it_fits
 from ..sampler.sequence import derive_seed

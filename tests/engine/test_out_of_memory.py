@@ -233,7 +233,7 @@ def test_making_a_trainer_that_finds_no_room_is_a_typed_error_too(service, tiny_
 
 
 def test_weights_that_find_no_room_dequantised_are_not_held(service, tiny_model, monkeypatch):
-    from local_tinker.model.load import LoadedModel
+    from local_tinker.model.loaded import LoadedModel
 
     fail(monkeypatch, (LoadedModel, "hold_weights"), 10**6)
     trainer = service.create_lora_training_client(str(tiny_model), rank=4, quantize="4bit")
