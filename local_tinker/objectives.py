@@ -72,6 +72,7 @@ class Policy:
     Attributes:
         base: first characters of the base's fingerprint. version: of the present weights.
         score: log-probs, values and reference log-probs of units.
+        fp8: whether the trainer approximates the base that a sampler has as it is.
     """
 
     base: str
@@ -81,6 +82,16 @@ class Policy:
     score: Score
     memory: RolloutMemory
     say: Callable[[str], None]
+    fp8: bool
+
+    def take_sampled_logprobs(self) -> None:
+        """Called where ratios are to a sampler's log-probs."""
+        if self.fp8:
+            self.say(
+                'compute="fp8": completions were drawn from the base as it is and are trained on an approximation of it, so '
+                'ratios to their log-probs are not 1 at the start; old_logprobs="trainer" takes the trainer\'s own where a loss '
+                "has it"
+            )
 
 
 def check_rollouts(rollouts: Sequence[Any], policy: Policy) -> list[Completion | Rollout]:
@@ -279,6 +290,7 @@ def _with_common_fields(
     own = [float(r.weights_version == policy.version) for r in rollouts]
     datums = [_add(d, own_version=np.full(d.length, o, np.float32)) for d, o in zip(datums, own, strict=True)]
     if options["old_logprobs"] != "trainer":
+        policy.take_sampled_logprobs()
         return datums, {}
     known, found = policy.memory.old_logprobs, {}
     unseen = [i for i, r in enumerate(rollouts) if r.id not in known and datums[i].loss_fn_inputs["weights"].any()]
@@ -295,6 +307,7 @@ def policy_units(rollouts: Sequence[Any], advantages: Sequence[Any], policy: Pol
     """Rollouts with one advantage each (or one a token) for Tinker's policy losses, taken as given."""
     flat = flatten_rewards(rollouts, advantages, per_token=True)
     checked = check_rollouts(flat.completions, policy)
+    policy.take_sampled_logprobs()
     return [(rollout(r, advantages=a),) for r, a in zip(checked, flat.rewards, strict=True)]
 
 

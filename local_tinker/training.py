@@ -28,10 +28,6 @@ from .references import ReferenceCache
 from .sampling import SamplingClient
 from .types import AdamParams, LossResult, StepResult
 
-_FP8_ROLLOUTS = (
-    'compute="fp8": completions were drawn from the base as it is and are trained on an approximation of it, so ratios to their '
-    'log-probs are not 1 at the start; old_logprobs="trainer" takes the trainer\'s own where a loss has it'
-)
 _ROLLOUT_LOSSES = ("grpo", "ppo", "importance_sampling", "cispo", "dro")
 _NO_DROPOUT = ("dpo", "grpo", "ppo", "importance_sampling", "cispo", "dro")
 
@@ -220,8 +216,6 @@ class TrainingClient:
                 f"dropout={self._options.dropout} makes log-probs of {spec.name!r} random; create the client with dropout=0"
             )
         rollouts = holds_rollouts(batch)
-        if rollouts and self._options.compute == "fp8" and options.get("old_logprobs") != "trainer":
-            self._say(_FP8_ROLLOUTS)
         if rollouts and spec.name in _ROLLOUT_LOSSES:
             return self._rollout_call(batch, rewards, spec, options, fix=fix), frozenset()
         if rewards is not None:
@@ -252,6 +246,7 @@ class TrainingClient:
             score=self._score,
             memory=self._memory,
             say=self._say,
+            fp8=self._options.compute == "fp8",
         )
         if spec.name == "grpo":
             if rewards is None:

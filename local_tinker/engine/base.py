@@ -54,7 +54,7 @@ class AdapterOptions:
     dropout: float
     seed: int
     micro_batch_tokens: int | None
-    compute: str | None = None
+    compute: str | None
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,8 @@ def time_per_token(dims: ModelDims, settings: TrainSettings, choice: Choice, *, 
         context: mean length of a document, which attention grows with.
     """
     levels = Counter(choice.levels)
-    rate = FP8 if settings.fp8 else 1.0
-    products = _needed(dims, settings, context, rate, head_rows=choice.head_rows)
-    products += sum(count * _recomputed(dims, level, context, rate) for level, count in levels.items())
+    products = _needed(dims, settings, context, head_rows=choice.head_rows)
+    products += sum(count * _recomputed(dims, settings, level, context) for level, count in levels.items())
     moved = 0.0
     if not settings.in_place:
         # layers at the front are both the resident and the recomputed ones
@@ -60,13 +59,16 @@ def time_per_token(dims: ModelDims, settings: TrainSettings, choice: Choice, *, 
     return products + moved + HOST_BYTE * (offloaded + parked) + each * launches / choice.tokens
 
 
-def _needed(
-    dims: ModelDims, settings: TrainSettings, context: int, rate: float = 1.0, *, head_rows: int = 1 << 30
-) -> float:
+def _base(settings: TrainSettings) -> float:
+    """Time of a product with the base, in that of the same one in the compute type."""
+    return FP8 if settings.fp8 else 1.0
+
+
+def _needed(dims: ModelDims, settings: TrainSettings, context: int, *, head_rows: int = 1 << 30) -> float:
     """Forward and backward without weight gradients of the base: 4 per weight, 6 per adapter weight, 4 V H, attention."""
     head = 4 * dims.vocab * dims.hidden * (1 + HEAD_ROW_OVERHEAD / head_rows)
     attention = 3.5 * dims.layers * _attention(dims, context)
-    return 4 * rate * dims.linear_params + 6 * settings.adapter(dims) + head + attention
+    return 4 * _base(settings) * dims.linear_params + 6 * settings.adapter(dims) + head + attention
 
 
 def _attention(dims: ModelDims, context: int) -> float:
@@ -74,9 +76,9 @@ def _attention(dims: ModelDims, context: int) -> float:
     return 2 * dims.query * context
 
 
-def _recomputed(dims: ModelDims, level: str, context: int, rate: float) -> float:
+def _recomputed(dims: ModelDims, settings: TrainSettings, level: str, context: int) -> float:
     attention = _attention(dims, context) if level in ("layer", "offload") else 0.0
-    return 2 * rate * _weights(dims, level) + attention
+    return 2 * _base(settings) * _weights(dims, level) + attention
 
 
 def _weights(dims: ModelDims, level: str) -> int:

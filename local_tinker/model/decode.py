@@ -55,6 +55,9 @@ class DecodeRoad:
 
     def unfused(self) -> list[str]:
         """What of a step runs on torch operations on a card, in words for the user."""
+        device = self._weights.embedding.device
+        if not triton_ready(device.type):
+            return ["every step: Triton is not available"]
         spec, found = self.spec, []
         if spec.qk_norm == "whole":
             found.append("norms over whole queries and keys")
@@ -62,11 +65,10 @@ class DecodeRoad:
             2 * rope.inv_freq.shape[0] != spec.head_dim for rope in self._weights.ropes.values()
         ):
             found.append(f"rotation of {spec.head_dim}-wide heads")
-        device = self._weights.embedding.device
         four_bit = any(group.group.packed is not None for layer in self._layers for group in layer.groups)
-        if four_bit and (reason := rows_fault(device.index or 0)) is not None:
+        if four_bit and (reason := rows_fault(device.index)) is not None:
             found.append(f"products of few rows with four-bit weights ({reason})")
-        return found if triton_ready(self._weights.embedding.device.type) else ["every step: Triton is not available"]
+        return found
 
     @torch.no_grad()
     def bind(self, pairs: Pairs, scale: float) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .group import GroupLora, ProjectionGroup
+from .group import ProjectionGroup
 from .kernels.fp8 import Rows, product, quantise_rows
 
 
@@ -52,10 +52,7 @@ class EightBitGroup(ProjectionGroup):
     def dense(self) -> Tensor:
         if self.packed is None:
             return super().dense()
-        return self._dequantised(0)[: self.outputs, : self.inputs]  # in one launch for a single member too
-
-    def fused(self, lora: GroupLora | None) -> bool:  # noqa: ARG002
-        return False
+        return self._dequantised(0)  # in one launch for a single member too
 
     def _base(self, x: Tensor, out: Tensor | None) -> Tensor:
         weights = self._outputs or quantise_rows(self.dense())

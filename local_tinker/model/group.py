@@ -89,8 +89,6 @@ class ProjectionGroup:
         packed: all weights as one launch reads them, None where they are not NF4.
         below: address of the A matrices that stand below the weights, or None: a pass of another adapter has written
             there since, or the buffer is new.
-        _ridden: the adapter that stands in the buffer that is held, so that backward and later micro-batches of a call
-            find it there.
     """
 
     def __init__(self, paths: tuple[str, ...], linears: tuple[FrozenLinear, ...]) -> None:
@@ -104,6 +102,7 @@ class ProjectionGroup:
         self._resident: Tensor | None = None
         self.packed = packed_together(linears)
         self.below: int | None = None
+        # what stands in the buffer that is held: backward and later micro-batches of a call find it there
         self._ridden: weakref.ref[GroupLora] | None = None
         self._bias = self._stack_bias()
 

@@ -6,7 +6,6 @@ Quantised weights may be held dequantised for the road, or in 8-bit floats for t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,6 +44,7 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     said: list[str] = field(default_factory=list)
+    _fast_in_fp8: FastRoad | None = field(default=None, init=False)
 
     @property
     def road(self) -> FastRoad | PlainRoad:
@@ -88,13 +88,13 @@ class LoadedModel:
             max_positions=self.max_positions,
         )
 
-    @cached_property
-    def _fast_in_fp8(self) -> FastRoad:
-        return FastRoad(self.fast.spec, collect(self.plain.model, self.fast.spec, EightBitGroup))
-
     def road_in(self, *, fp8: bool) -> FastRoad | PlainRoad:
         """The road, or the one on the same tensors whose base products are of 8-bit floats."""
-        return self._fast_in_fp8 if fp8 else self.road
+        if not fp8:
+            return self.road
+        if self._fast_in_fp8 is None:
+            self._fast_in_fp8 = FastRoad(self.fast.spec, collect(self.plain.model, self.fast.spec, EightBitGroup))
+        return self._fast_in_fp8
 
     def fp8_fault(self) -> str | None:
         """Why base products cannot be of 8-bit floats, in words for the user; None where they can."""
@@ -108,17 +108,15 @@ class LoadedModel:
         return fp8_fault(torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else None)
 
     @property
-    def _groups_in_fp8(self) -> list[tuple[EightBitGroup, ...]]:
-        """Of each layer, where there are any yet."""
-        made = "_fast_in_fp8" in self.__dict__
-        return [layer.groups for layer in self._fast_in_fp8.weights.layers] if made else []
+    def _groups_in_fp8(self) -> tuple[EightBitGroup, ...]:
+        return () if self._fast_in_fp8 is None else self._fast_in_fp8.weights.groups
 
     @property
     def held_bytes(self) -> int:
         """Copies of quantised weights made for their products."""
         size = self.dtype.itemsize
         dense = sum(size * li.in_features * li.out_features for li in self.projections.values() if li.held)
-        return dense + sum(group.held_bytes for groups in self._groups_in_fp8 for group in groups)
+        return dense + sum(group.held_bytes for group in self._groups_in_fp8)
 
     def hold_weights(self, layers: int | None = None, *, rank: int = 0, fp8: bool = False) -> None:
         """Keep the dequantised weights of the first `layers` (None: all) on the device, and of no other.
@@ -143,13 +141,13 @@ class LoadedModel:
                     group.release()
 
     def release_fp8(self) -> None:
-        for group in (group for groups in self._groups_in_fp8 for group in groups):
+        for group in self._groups_in_fp8:
             group.release()
 
     def _release_dense(self) -> None:
         if self.quantize is None:
             return  # what is laid out for the products is the base itself
-        for group in (group for layer in self.fast.weights.layers for group in layer.groups):
+        for group in self.fast.weights.groups:
             group.release()
 
     def release_weights(self) -> None:

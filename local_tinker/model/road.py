@@ -37,6 +37,10 @@ class RoadWeights:
     final_norm: Tensor
     ropes: dict[str, Rope]
 
+    @property
+    def groups(self) -> tuple[ProjectionGroup, ...]:
+        return tuple(group for layer in self.layers for group in layer.groups)
+
 
 class FastRoad:
     """Final hidden states of packed tokens, for training and sampling alike."""

@@ -45,11 +45,16 @@ class Stacked:
         return self.group.held
 
     @property
+    def _width(self) -> int:
+        """parts * R"""
+        return len(self.group.linears) * self._rank
+
+    @property
     def _a(self) -> Tensor | None:
         """(parts * R, I). Asked for each time: a view that is kept would keep weights that training has let go of."""
         if not self.held:
             return self._apart
-        return self.group.with_below(len(self.group.linears) * self._rank)[self.outputs :]
+        return self.group.with_below(self._width)[self.outputs :]
 
     @property
     def address(self) -> tuple[int, ...]:
@@ -69,20 +74,19 @@ class Stacked:
 
     def prepare(self, rank: int) -> None:
         """Lay out room for an adapter of this rank (0 for none). A base that is dense anyway moves into the layout."""
-        parts = len(self.group.linears)
         self._rank = max(self._rank, power_of_two(rank, 16) if rank else 0)
         if self.held or all(linear.storage == "dense" for linear in self.group.linears):
-            self.group.hold(parts * self._rank)
+            self.group.hold(self._width)
         self._laid_out = self._weights_at()
         like = dict(dtype=self.group.linears[0].dtype, device=self.group.linears[0].weight.device)
         if self.held:
             self._apart = None
-        elif self._apart is None or self._apart.shape[0] != parts * self._rank:
-            self._apart = torch.zeros(parts * self._rank, self.group.inputs, **like)
+        elif self._apart is None or self._apart.shape[0] != self._width:
+            self._apart = torch.zeros(self._width, self.group.inputs, **like)
         if self._b is None or self._b.shape[1] != self._rank:
             self._b = torch.zeros(self.outputs, self._rank, **like)
             bias = self.group.bias
-            self._bias = None if bias is None else F.pad(bias, (0, parts * self._rank))
+            self._bias = None if bias is None else F.pad(bias, (0, self._width))
 
     def release(self) -> None:
         self._apart = self._b = self._bias = None
@@ -112,18 +116,17 @@ class Stacked:
 
     def product(self, x: Tensor) -> tuple[Tensor, LowRank | None]:
         """x (B, I) -> W x + b in the first O columns of y, and what the adapter adds to it."""
-        outputs, packed, below = self.outputs, self.group.packed, self._a if self._adapted else None
+        outputs, packed, more = self.outputs, self.group.packed, self._width if self._adapted else 0
         # Faster than reading the dense weights, even where they are held.
         if packed is not None and packed.multiplies(x):
-            y = packed.multiply(x, self.group.bias, below)
+            y = packed.multiply(x, self.group.bias, self._a if more else None)
         elif self.held:
-            rows = 0 if below is None else below.shape[0]
-            bias = None if self._bias is None else self._bias[: outputs + rows]
-            y = project(x, self.group.with_below(rows), bias)
+            bias = None if self._bias is None else self._bias[: outputs + more]
+            y = project(x, self.group.with_below(more), bias)
         else:
             y = project(x, self.group.dense(), self.group.bias)
-            return y, self._low_rank(None if below is None else project(x, below))
-        return y, self._low_rank(None if below is None else y[:, outputs:])
+            return y, self._low_rank(project(x, self._a) if more else None)
+        return y, self._low_rank(y[:, outputs:] if more else None)
 
     def _low_rank(self, thin: Tensor | None) -> LowRank | None:
         return None if thin is None else LowRank(thin, self._b, self._scale, self.group.starts)
