@@ -131,6 +131,15 @@ def test_rollouts_of_the_exact_base_are_pointed_out(client):  # noqa: F811
     assert sum("not 1 at the start" in line for line in said) == 1
 
 
+@pytest.mark.parametrize(("loss", "said"), [("importance_sampling", True), ("sft", False)])
+def test_only_losses_that_read_a_samplers_log_probs_point_that_out(client, loss, said):  # noqa: F811
+    trainer, lines = client(compute="fp8"), []
+    trainer._say = lines.append
+    (completion,) = trainer.save_weights_and_get_sampling_client().sample_batch(["one"], max_tokens=3)
+    trainer.forward_backward([completion], *([[1.0]] if loss != "sft" else []), loss_fn=loss)
+    assert any("not 1 at the start" in line for line in lines) == said
+
+
 def test_a_run_on_an_older_card_says_so_before_it_loads_anything(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("local_tinker.recipes.early.fp8_fault", lambda capability: "the card is older")
     words = ["run", "--model", "smollm2-135m", "--dataset", str(tmp_path / "none.jsonl"), "--compute", "fp8"]
