@@ -80,17 +80,30 @@ class CudaKernel:
         """Programs that run on a multiprocessor at once."""
         return _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, self._threads, 0))
 
-    def launch(self, programs: int, *args: Tensor | int | None) -> None:
+    def launch(self, programs: int, *args: Tensor | int | None, dependent: bool = False) -> None:
         """On the current stream of the kernel's card. Tensors go as their addresses, None as no address, integers as 32
-        bits."""
+        bits.
+
+        Args:
+            dependent: it may begin before the kernel ahead of it has ended, see `dependent`.
+        """
         values = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg or 0 for arg in args)
         types = tuple(_INT if type(arg) is int else ctypes.c_void_p for arg in args)
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        _checked(
-            driver.cuLaunchKernel(
-                self._function, programs, 1, 1, self._threads, 1, 1, 0, stream, (values, types), 0
-            )  # fmt: skip
-        )
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.blockDimX = programs, self._threads
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        config.hStream = torch.cuda.current_stream(self._device).cuda_stream
+        if dependent:
+            config.attrs, config.numAttrs = [_early()], 1
+        _checked(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
+
+
+@cache
+def _early() -> Any:
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
 
 
 def _quoted(value: int | str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import jit, power_of_two, tl, triton_ready
+from .dependent import dependent, follow
 from .paged import PIECE, PagedRows, StepPlaces
 
 _LOG2E = 1.4426950408889634
@@ -184,6 +185,7 @@ def _attend_triton(
         WINDOW=window is not None,
         CAP=softcap is not None,
     )
+    early = dependent(q.device.type)
     tile = tile_for(width, q.dtype)
     # Prefixes first: their programs are the longest.
     _attend_splits[(prefixes * prefix_splits + count * own_splits, shared)](
@@ -193,11 +195,12 @@ def _attend_triton(
         window or 0, prefixes, prefix_splits, own_splits, rows.prefix_split, rows.own_split, READERS=readers,
         BM_PREFIX=power_of_two(readers * group, 16), BM_OWN=power_of_two(group, 16), PAGE=keys.shape[2],
         BN_PREFIX=tile.prefix_tokens, BN_OWN=tile.own_tokens, num_warps=tile.warps, num_stages=tile.stages, **common,
+        **early,
     )  # fmt: skip
     _combine[(count * heads,)](
         partial, stats, out, rows.own_length, rows.prefix_length, count * heads * splits, prefix_splits, own_splits,
         rows.prefix_split, rows.own_split, HEADS=heads, D=width, DP=power_of_two(width, 16),
-        SPLITS=power_of_two(splits, 2), FIXED=rows.fixed, num_warps=1 if splits <= 8 else 4,
+        SPLITS=power_of_two(splits, 2), FIXED=rows.fixed, num_warps=1 if splits <= 8 else 4, **early,
     )  # fmt: skip
     return out
 
@@ -318,9 +321,10 @@ def _attend_splits(
     prefix_stride, plane, scale_log2, softcap, window, prefixes, prefix_splits, own_splits, PREFIX_SPLIT, OWN_SPLIT,
     READERS: tl.constexpr, BM_PREFIX: tl.constexpr, BM_OWN: tl.constexpr, PAGE: tl.constexpr,
     BN_PREFIX: tl.constexpr, BN_OWN: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    DP: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Programs of the prefixes' splits first, then of the rows' own; axis 1 is the key head."""
+    follow(DEPENDENT)
     pid = tl.program_id(0)
     head = tl.program_id(1)
     splits = prefix_splits + own_splits
@@ -344,7 +348,9 @@ def _attend_splits(
 def _combine(
     PARTIAL, STATS, OUT, OWN_LENGTH, PREFIX_LENGTH, plane, prefix_splits, own_splits, PREFIX_SPLIT, OWN_SPLIT,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, FIXED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    follow(DEPENDENT)
     line = tl.program_id(0).to(tl.int64)
     row = line // HEADS
     s = tl.arange(0, SPLITS)

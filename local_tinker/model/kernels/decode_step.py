@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import jit, power_of_two, tl, triton_ready
+from .dependent import dependent, follow
 from .norm import rms_norm
 from .paged import PagedRows, write_places
 from .rope import rotate
@@ -77,7 +78,7 @@ def _add_norm_triton(x, residual, after, before, eps, kind):
     _add_norm[(rows,)](
         x, residual, residual if after is None else after, residual if before is None else before, out, hidden, eps,
         x.stride(0), AFTER=after is not None, BEFORE=before is not None, KIND=NORMS[kind], BLOCK=power_of_two(hidden),
-        num_warps=8 if hidden >= 2048 else 4,
+        num_warps=8 if hidden >= 2048 else 4, **dependent(out.device.type),
     )  # fmt: skip
     return out
 
@@ -98,8 +99,9 @@ def _scaled_norm(f, W, c, inside, hidden, eps, KIND: tl.constexpr, TYPE: tl.cons
 @jit
 def _add_norm(
     X, RESIDUAL, AFTER_W, BEFORE_W, OUT, hidden, eps, x_stride, AFTER: tl.constexpr, BEFORE: tl.constexpr,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    follow(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     inside = c < hidden
@@ -186,7 +188,7 @@ def _rope_write_triton(y, angles, keys, values, rows, heads, low_rank, norms):
         0.0 if norms is None else norms.eps, HEADS=heads, SHARED=shared, HALF=width // 2,
         RANK=16 if low_rank is None else low_rank.up.shape[1], PARTS=parts,
         NORM=-1 if norms is None else NORMS[norms.kind], ROTATE=angles is not None, PAGE=keys.shape[2], BM=16,
-        num_warps=4,
+        num_warps=4, **dependent(out.device.type),
     )  # fmt: skip
     return out
 
@@ -205,8 +207,9 @@ def _rope_write(
     Y, THIN, UP, Q_NORM, K_NORM, COS, SIN, OUT, KEYS, VALUES, PAGES, LENGTH, rows, y_stride, thin_stride,
     angle_stride, pages_stride, page_stride, scale, eps, HEADS: tl.constexpr, SHARED: tl.constexpr,
     HALF: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
-    PAGE: tl.constexpr, BM: tl.constexpr,
+    PAGE: tl.constexpr, BM: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    follow(DEPENDENT)
     D: tl.constexpr = 2 * HALF
     kind: tl.constexpr = OUT.dtype.element_ty
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -294,6 +297,7 @@ def _gated_triton(y, size, activation, low_rank):
         y.stride(0), 0 if low_rank is None else low_rank.thin.stride(0), 0.0 if low_rank is None else low_rank.scale,
         RANK=16 if low_rank is None else low_rank.up.shape[1],
         PARTS=0 if low_rank is None else len(low_rank.edges) - 1, GATE=GATES[activation], BM=bm, BN=bn, num_warps=4,
+        **dependent(out.device.type),
     )  # fmt: skip
     return out
 
@@ -301,8 +305,9 @@ def _gated_triton(y, size, activation, low_rank):
 @jit
 def _gated(
     Y, THIN, UP, OUT, rows, size, y_stride, thin_stride, scale, RANK: tl.constexpr, PARTS: tl.constexpr,
-    GATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    GATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    follow(DEPENDENT)
     kind: tl.constexpr = OUT.dtype.element_ty
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     c = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -338,15 +343,17 @@ def add_low_rank(y: Tensor, low_rank: LowRank) -> Tensor:
     bm, bn = (16, 128) if count <= 64 else (64, 128)
     _add_low_rank[(-(-count // bm), -(-outputs // bn))](
         y, low_rank.thin, low_rank.up, count, outputs, y.stride(0), low_rank.thin.stride(0), low_rank.scale,
-        RANK=low_rank.up.shape[1], BM=bm, BN=bn, num_warps=4,
+        RANK=low_rank.up.shape[1], BM=bm, BN=bn, num_warps=4, **dependent(y.device.type),
     )  # fmt: skip
     return y
 
 
 @jit
 def _add_low_rank(
-    Y, THIN, UP, rows, outputs, y_stride, thin_stride, scale, RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
+    Y, THIN, UP, rows, outputs, y_stride, thin_stride, scale, RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    follow(DEPENDENT)
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     c = tl.program_id(1) * BN + tl.arange(0, BN)
     ok = row < rows

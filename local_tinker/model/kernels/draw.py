@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import jit, power_of_two, tl, triton_ready
+from .dependent import dependent, follow
 
 BLOCK = 1024
 GREEDY_BELOW = 1e-6  # there a logit gap of 1e-4 already weighs e^-100; dividing fp32 by less overflows
@@ -137,13 +138,15 @@ def _draw_triton(logits: Tensor, noise: Noise, kept: Tensor | None) -> tuple[Ten
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprob = torch.empty(rows, dtype=torch.float32, device=logits.device)
     source = logits if kept is None else kept
+    early = dependent(logits.device.type)
     _block_stats[(rows, -(-blocks // _BLOCKS_A_PROGRAM))](
         logits, source, noise.temperature, stats, vocab, blocks, rows * blocks, GREEDY_BELOW, KEPT=kept is not None,
-        BLOCK=BLOCK, COUNT=_BLOCKS_A_PROGRAM, num_warps=4,
+        BLOCK=BLOCK, COUNT=_BLOCKS_A_PROGRAM, num_warps=4, **early,
     )  # fmt: skip
     _pick_token[(rows,)](
         logits, source, noise.temperature, noise.seed, noise.number, stats, token, logprob, vocab, blocks,
         rows * blocks, GREEDY_BELOW, BLOCK=BLOCK, BLOCKS=power_of_two(blocks, 16), num_warps=4,
+        **early,
     )  # fmt: skip
     return token, logprob
 
@@ -151,9 +154,10 @@ def _draw_triton(logits: Tensor, noise: Noise, kept: Tensor | None) -> tuple[Ten
 @jit
 def _block_stats(
     LOGITS, SOURCE, TEMPERATURE, STATS, vocab, blocks, plane, greedy_below, KEPT: tl.constexpr, BLOCK: tl.constexpr,
-    COUNT: tl.constexpr,
+    COUNT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """STATS (3, B, K): log-sum-exp of each block, the same at the temperature, its largest (kept) logit."""
+    follow(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(TEMPERATURE + row)
     inverse = tl.where(temperature <= greedy_below, 1.0, 1.0 / tl.maximum(temperature, greedy_below))
@@ -190,8 +194,9 @@ def _gumbel(seed, index, number, LEVEL: tl.constexpr):
 @jit
 def _pick_token(
     LOGITS, SOURCE, TEMPERATURE, SEED, NUMBER, STATS, TOKEN, LOGPROB, vocab, blocks, plane, greedy_below,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    follow(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(TEMPERATURE + row)
     seed = tl.load(SEED + row)
@@ -269,6 +274,7 @@ def advance(state: RowState, token: Tensor, logprob: Tensor, out: Output) -> Non
             state.token, state.position, state.own_length, state.number, state.left, state.alive, state.stops, token,
             logprob, out.tokens, out.logprobs, out.at, rows, out.tokens.stride(0), out.tokens.shape[0],
             STOPS=state.stops.shape[1], BLOCK=power_of_two(rows), num_warps=4,
+            **dependent(token.device.type),
         )  # fmt: skip
         return
     alive = state.alive
@@ -289,8 +295,9 @@ def advance(state: RowState, token: Tensor, logprob: Tensor, out: Output) -> Non
 @jit
 def _advance(
     STATE_TOKEN, POSITION, OWN_LENGTH, NUMBER, LEFT, ALIVE, STOP_IDS, TOKEN, LOGPROB, OUT_TOKENS, OUT_LOGPROBS, AT,
-    rows, out_stride, lines, STOPS: tl.constexpr, BLOCK: tl.constexpr,
+    rows, out_stride, lines, STOPS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    follow(DEPENDENT)
     r = tl.arange(0, BLOCK)
     ok = r < rows
     token = tl.load(TOKEN + r, mask=ok, other=0)

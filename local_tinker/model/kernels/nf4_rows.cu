@@ -217,6 +217,19 @@ __device__ __forceinline__ void dense_step(
     }
 }
 
+// Programmatic dependent launch, see dependent.py.
+__device__ __forceinline__ void send_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 struct Out {
     u16* y;
     const u16* bias;
@@ -267,6 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_rows(
     const float* table, const float* levels, const u16* x, const u16* below, const u16* bias, u16* y,
     int rows, int inputs, int below_rows, int below_stride, int y_stride, int biases, int splits
 ) {
+    send_next();
     __shared__ float2 pairs[256][COPIES];
     __shared__ float absmaxes[256];
     __shared__ float4 shares[COLUMNS][WARPS][32];
@@ -279,7 +293,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_rows(
 
     Reader reader(all, blockIdx.x * slots + slot, stride, split, splits);
     Step next;
-    reader.read(next);  // on its way while the tables are filled
+    reader.read(next);  // on its way while the tables are filled: weights, which no kernel before writes
 
     for (int i = threadIdx.x; i < 256 * COPIES; i += THREADS)
         pairs[i / COPIES][i % COPIES] = make_float2(levels[i / COPIES / 16], levels[i / COPIES % 16]);
@@ -289,6 +303,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_rows(
     const u32 copy = (u32)__cvta_generic_to_shared(&pairs[0][threadIdx.x % COPIES]);
     u32 lookup;  // an address that is only known now, so that nothing is looked up before the table is filled
     asm volatile("mov.u32 %0, %1;" : "=r"(lookup) : "r"(copy) : "memory");
+    wait_for_before();
     const Columns columns(lane, x, rows, inputs);
     const Out out = {y, bias, rows, y_stride, biases};
     for (int start = blockIdx.x * slots; start < all.tiles(); start += stride) {

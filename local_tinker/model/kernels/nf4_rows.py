@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import KERNEL_DTYPES
 from .cuda import CudaKernel, cuda_fault
+from .dependent import launches_early
 
 MOST_ROWS = 16
 BLOCK = 64  # weights an absmax, and
@@ -79,10 +80,13 @@ def nf4_rows(x: Tensor, parts: Sequence[tuple[Tensor, Any]], bias: Tensor | None
         q, s = parts[at] if at < len(parts) else (None, None)
         weights += [None] * 4 + [0] if q is None else [q, s.absmax, s.state2.absmax, s.offset, outputs[at]]
     state = parts[0][1]  # both tables of levels belong to the format, not to the weight
+    # Weights and tables are read before the kernel ahead has ended, which is safe in a recorded step: whatever wrote them
+    # ended before the step began.
+    early = launches_early(x.device.type) and torch.cuda.is_current_stream_capturing()
     _kernel(x.device.index, kind, instance).launch(
         programs, *weights, state.state2.code, state.code, x, below, bias, y,
         rows, inputs, more, 0 if below is None else below.stride(0), y.stride(0),
-        0 if bias is None else bias.shape[0], splits,
+        0 if bias is None else bias.shape[0], splits, dependent=early,
     )  # fmt: skip
     return y
 

@@ -7,7 +7,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from local_tinker.model.kernels import decode_attention, decode_step, draw  # noqa: E402
+from local_tinker.model.kernels import decode_attention, decode_step, dependent, draw  # noqa: E402
 from tests.model.kernels import decode_checks  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -31,7 +31,7 @@ class Compiled:
     def __getitem__(self, grid):
         return self.call
 
-    def call(self, *args, num_warps=4, num_stages=3, **constants):
+    def call(self, *args, num_warps=4, num_stages=3, launch_pdl=False, **constants):
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
@@ -39,10 +39,11 @@ class Compiled:
         values = dict(zip(names, args, strict=False)) | constants
         signature = {name: self._type(values[name]) if name not in constants else "constexpr" for name in names}
         source = ASTSource(self.kernel, signature, {(names.index(k),): v for k, v in constants.items()})
-        options = {"num_warps": num_warps, "num_stages": num_stages}
+        options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl}
         built = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
         assert f"sm_{self.capability}" in built.asm["ptx"]
         assert built.metadata.shared <= SHARED
+        assert ("griddepcontrol.wait" in built.asm["ptx"]) == (self.capability >= 90)
         self.calls += 1
 
     @staticmethod
@@ -55,6 +56,7 @@ class Compiled:
 @pytest.mark.parametrize("capability", [80, 90, pytest.param(86, marks=BATTERY), pytest.param(89, marks=BATTERY)])
 def test_every_decoding_kernel_compiles(capability, monkeypatch):
     stand_ins = []
+    monkeypatch.setattr(dependent, "launches_early", lambda device: capability >= 90)
     for module in (decode_attention, decode_step, draw):
         monkeypatch.setattr(module, "triton_ready", lambda device: True)
         for name, value in list(vars(module).items()):
