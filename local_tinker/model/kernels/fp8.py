@@ -56,9 +56,8 @@ def product(x: Rows, w: Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor
     """x (N, K), w (O, K) -> x W^T + b (N, O)."""
     if not x.values.is_cuda:
         return product_reference(x, w, bias, dtype)
-    return torch._scaled_mm(
-        x.values, w.values.t(), x.scales, w.scales.t(), out_dtype=dtype, bias=bias, use_fast_accum=True
-    )
+    y = torch._scaled_mm(x.values, w.values.t(), x.scales, w.scales.t(), out_dtype=dtype, use_fast_accum=True)
+    return y if bias is None else y.add_(bias)  # apart: cuBLAS has no product with a bias for some sizes
 
 
 if triton is not None:
