@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ..errors import UsageError
-from ..model.dims import ModelDims
+from ..model.dims import ModelDims, rows_below
 from ..model.levels import LEVELS, TILE, TILED
 
 MIB, GIB = 2**20, 2**30
@@ -140,7 +140,11 @@ def cache_bytes(dims: ModelDims, rows: int, tokens: int, *, compute_bytes: int =
 def wide_bytes(dims: ModelDims, settings: TrainSettings, *names: str) -> int:
     """A group's weights dequantised as its product reads them, with the adapter's columns (or rows, of one member) beside."""
     shapes = [dims.projections[name] for name in names]
-    room = settings.rank * (shapes[0][0] if len(shapes) == 1 else len(shapes) * sum(o for _, o in shapes))
+    if len(shapes) > 1:
+        room = settings.rank * len(shapes) * sum(o for _, o in shapes)
+    else:
+        inputs, outputs = shapes[0]
+        room = inputs * (rows_below(outputs, inputs, settings.rank) if settings.kind == "cuda" else settings.rank)
     return settings.compute_bytes * (sum(i * o for i, o in shapes) + room)
 
 

@@ -12,6 +12,18 @@ from typing import Any
 
 from ..errors import ModelError
 
+# Products of more than a hundred rows run up to a fifth faster where their outputs, the adapter's among them, are a
+# multiple of 128. Measured on an H100 with 3,072 to 8,192 inputs; with 18,944 the wider product was 6 % slower.
+ADAPTER_TILE, ADAPTER_TILE_INPUTS = 128, 8192
+
+
+def rows_below(outputs: int, inputs: int, rank: int) -> int:
+    """Rows that stand below one projection's dense weights for an adapter of this rank, on a card."""
+    if not rank or inputs > ADAPTER_TILE_INPUTS:
+        return rank
+    return -(-(outputs + rank) // ADAPTER_TILE) * ADAPTER_TILE - outputs
+
+
 _CONFIG_FIELDS = {
     "hidden_size": "hidden",
     "intermediate_size": "intermediate",

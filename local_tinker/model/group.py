@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .dims import rows_below
 from .kernels import KERNEL_DTYPES
 from .kernels.lora import add_diagonal, block_diagonal
 from .kernels.nf4 import nf4_serves
@@ -131,9 +132,10 @@ class ProjectionGroup:
 
     def hold(self, width: int = 0) -> None:
         """Keep the weights dense, with room for adapters of `width` columns in all (R a member)."""
-        if self._resident is None or self._room() < padded(width):
+        room = self._room_for(width)
+        if self._resident is None or self.spare_rows < room:
             self.release()
-            self._resident = self._dequantised(padded(width))
+            self._resident = self._dequantised(room)
             for linear, start in zip(self.linears, self.starts, strict=False):
                 linear.share(self._resident[start : start + linear.out_features, : self.inputs])
 
@@ -142,8 +144,15 @@ class ProjectionGroup:
         for linear in self.linears:
             linear.release()
 
-    def _room(self) -> int:
+    @property
+    def spare_rows(self) -> int:
+        """Rows below the weights that are held."""
         return self._resident.shape[0] - self.outputs
+
+    def _room_for(self, width: int) -> int:
+        if self.single and self.fusable:
+            return rows_below(self.outputs, self.inputs, padded(width))
+        return padded(width)
 
     def with_below(self, rows: int) -> Tensor:
         """[W ; room] (O + rows, I) of the buffer that is held."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .dims import ADAPTER_TILE
 from .group import ProjectionGroup
 from .kernels import power_of_two
 from .kernels.decode_step import LowRank
@@ -28,7 +29,7 @@ class Stacked:
     def __init__(self, group: ProjectionGroup) -> None:
         self.group = group
         self._rank = 0
-        self._bias: Tensor | None = None  # (O + parts * R,)
+        self._bias: Tensor | None = None  # (O + room below)
         self._apart: Tensor | None = None  # A (parts * R, I) where the weights are not held
         self._b: Tensor | None = None  # (O, R)
         self._scale = 1.0
@@ -85,8 +86,12 @@ class Stacked:
             self._apart = torch.zeros(self._width, self.group.inputs, **like)
         if self._b is None or self._b.shape[1] != self._rank:
             self._b = torch.zeros(self.outputs, self._rank, **like)
-            bias = self.group.bias
-            self._bias = None if bias is None else F.pad(bias, (0, self._width))
+        self._pad_bias(self.group.spare_rows if self.held else self._width)
+
+    def _pad_bias(self, room: int) -> None:
+        bias = self.group.bias
+        if bias is not None and (self._bias is None or self._bias.shape[0] != self.outputs + room):
+            self._bias = F.pad(bias, (0, room))
 
     def release(self) -> None:
         self._apart = self._b = self._bias = None
@@ -121,12 +126,18 @@ class Stacked:
         if packed is not None and packed.multiplies(x):
             y = packed.multiply(x, self.group.bias, self._a if more else None)
         elif self.held:
-            bias = None if self._bias is None else self._bias[: outputs + more]
-            y = project(x, self.group.with_below(more), bias)
+            below = self._below_for(x) if more else 0
+            bias = None if self._bias is None else self._bias[: outputs + below]
+            y = project(x, self.group.with_below(below), bias)
         else:
             y = project(x, self.group.dense(), self.group.bias)
             return y, self._low_rank(project(x, self._a) if more else None)
-        return y, self._low_rank(y[:, outputs:] if more else None)
+        return y, self._low_rank(y[:, outputs : outputs + more] if more else None)
+
+    def _below_for(self, x: Tensor) -> int:
+        """Rows below the weights to multiply by: of one projection's all that are there, see `rows_below`, where that is
+        faster. What the rows past the adapter's give is not looked at."""
+        return self.group.spare_rows if self.group.single and x.shape[0] > ADAPTER_TILE else self._width
 
     def _low_rank(self, thin: Tensor | None) -> LowRank | None:
         return None if thin is None else LowRank(thin, self._b, self._scale, self.group.starts)

@@ -149,11 +149,11 @@ def test_adapter_parts_of_the_3b_at_rank_32():
 
 
 def test_weights_are_dequantised_as_the_products_read_them():
-    # gate and up: 2 x 8,192 rows of 3,072 and 2 x 32 adapter columns; down: 3,072 rows and 32 adapter rows of 8,192
-    gate_up, down = 2 * 2 * 8192 * (3072 + 64), 2 * (3072 + 32) * 8192
+    # gate and up: 2 x 8,192 rows of 3,072 and 2 x 32 adapter columns; down: 3,072 rows of 8,192, and with the adapter's 32 the next multiple of 128
+    gate_up, down = 2 * 2 * 8192 * (3072 + 64), 2 * (3072 + 128) * 8192
     parts = training_parts(LLAMA_3B, TrainSettings(), choice(LLAMA_3B))
     assert parts["dequantisation"] == gate_up and parts["resident weights"] == 0
-    attention = 2 * 5120 * (3072 + 96) + 2 * (3072 + 32) * 3072
+    attention = 2 * 5120 * (3072 + 96) + 2 * (3072 + 128) * 3072
     layer = gate_up + down + attention
     assert layer_wide_bytes(LLAMA_3B, TrainSettings()) == layer
     every = training_parts(LLAMA_3B, TrainSettings(), choice(LLAMA_3B, resident_layers=28))

@@ -183,7 +183,7 @@ def test_an_adapter_is_laid_beside_held_weights_once_until_something_else_stands
         made.with_below(4)[128:].zero_()
         made.below = 12345
         assert ask(first) and not ask(first)
-    made.hold(first.width + 64)  # a larger buffer
+    made.hold(first.width + 128)  # a larger buffer
     assert ask(first) and not ask(first)
     made.release()
     assert ask(first)

@@ -1,4 +1,5 @@
 import torch
+from torch.nn import functional as F
 
 from local_tinker.model.decode import DecodeRoad
 from local_tinker.model.group import ProjectionGroup
@@ -53,6 +54,20 @@ def test_one_product_gives_every_part_with_its_adapter_and_weights_stay_one_copy
             check(stacked, pairs, x)
         storages = {linear.dense().untyped_storage().data_ptr() for linear in stacked.group.linears}
         assert len(storages) == 1
+
+
+def test_many_rows_are_multiplied_by_whole_tiles_whose_spare_rows_count_for_nothing(monkeypatch):
+    monkeypatch.setattr(ProjectionGroup, "fusable", True)  # as on a card
+    seen = []
+    monkeypatch.setattr(
+        "local_tinker.model.stacked.project", lambda x, w, b: seen.append(w.shape[0]) or F.linear(x, w, b)
+    )
+    stacked = Stacked(group(120))
+    bound(stacked, [pair(120, 4, seed=1)])
+    stacked.group.with_below(stacked.group.spare_rows)[136:] = torch.nan
+    for rows in (128, 129):
+        check(stacked, [pair(120, 4, seed=1)], torch.randn(rows, 64, generator=torch.Generator().manual_seed(9)))
+    assert seen == [120 + 16, 256]
 
 
 def test_a_quantised_base_that_is_not_held_is_multiplied_as_it_is():

@@ -197,10 +197,11 @@ def _attend_triton(
         BN_PREFIX=tile.prefix_tokens, BN_OWN=tile.own_tokens, num_warps=tile.warps, num_stages=tile.stages, **common,
         **early,
     )  # fmt: skip
-    _combine[(count * heads,)](
-        partial, stats, out, rows.own_length, rows.prefix_length, count * heads * splits, prefix_splits, own_splits,
-        rows.prefix_split, rows.own_split, HEADS=heads, D=width, DP=power_of_two(width, 16),
-        SPLITS=power_of_two(splits, 2), FIXED=rows.fixed, num_warps=1 if splits <= 8 else 4, **early,
+    lines = 4 if splits <= 8 else 1
+    _combine[(-(-count * heads // lines),)](
+        partial, stats, out, rows.own_length, rows.prefix_length, count * heads, prefix_splits, own_splits,
+        rows.prefix_split, rows.own_split, HEADS=heads, D=width, DP=power_of_two(width, 16), LINES=lines,
+        SPLITS=power_of_two(splits, 2), FIXED=rows.fixed, num_warps=4, **early,
     )  # fmt: skip
     return out
 
@@ -346,39 +347,46 @@ def _attend_splits(
 
 @jit
 def _combine(
-    PARTIAL, STATS, OUT, OWN_LENGTH, PREFIX_LENGTH, plane, prefix_splits, own_splits, PREFIX_SPLIT, OWN_SPLIT,
-    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, FIXED: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    PARTIAL, STATS, OUT, OWN_LENGTH, PREFIX_LENGTH, count, prefix_splits, own_splits, PREFIX_SPLIT, OWN_SPLIT,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, LINES: tl.constexpr, SPLITS: tl.constexpr,
+    FIXED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    """LINES of the `count` heads of all rows."""
     follow(DEPENDENT)
-    line = tl.program_id(0).to(tl.int64)
+    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
+    there = line < count
     row = line // HEADS
-    s = tl.arange(0, SPLITS)
+    s = tl.arange(0, SPLITS)[None, :]
     d = tl.arange(0, DP)
     splits = prefix_splits + own_splits
-    prefix_length = tl.load(PREFIX_LENGTH + row)
-    own_length = tl.load(OWN_LENGTH + row)
+    plane = count * splits
+    prefix_length = tl.load(PREFIX_LENGTH + row, mask=there, other=0)[:, None]
+    own_length = tl.load(OWN_LENGTH + row, mask=there, other=1)[:, None]
     ok = (s < splits) & tl.where(
         s < prefix_splits, s * PREFIX_SPLIT < prefix_length, (s - prefix_splits) * OWN_SPLIT < own_length
     )
-    top = tl.load(STATS + line * splits + s, mask=ok, other=-float("inf"))
-    peak = tl.max(top, 0)
-    sums = tl.load(STATS + plane + line * splits + s, mask=ok, other=0.0)
+    ok = ok & there[:, None]
+    at = line[:, None] * splits + s
+    top = tl.load(STATS + at, mask=ok, other=-float("inf"))
+    peak = tl.max(top, 1)[:, None]
+    sums = tl.load(STATS + plane + at, mask=ok, other=0.0)
     weight = tl.where(sums > 0, tl.exp2(top - peak), 0.0)
     if FIXED:
-        out = tl.zeros([DP], tl.float32)
-        total = 0.0
+        out = tl.zeros([LINES, DP], tl.float32)
+        total = tl.zeros([LINES], tl.float32)
         for i in range(splits):
-            one = tl.sum(tl.where(s == i, weight, 0.0), 0)
-            part = tl.load(PARTIAL + (line * splits + i) * D + d, mask=d < D, other=0.0)
+            one = tl.sum(tl.where(s == i, weight, 0.0), 1)[:, None]
+            some = (one > 0) & (d < D)[None, :]
+            part = tl.load(PARTIAL + (line[:, None] * splits + i) * D + d[None, :], mask=some, other=0.0)
             out += tl.where(one > 0, one * part, 0.0)
-            total += tl.sum(tl.where(s == i, sums * weight, 0.0), 0)
+            total += tl.sum(tl.where(s == i, sums * weight, 0.0), 1)
     else:
         part = tl.load(
-            PARTIAL + (line * splits + s)[:, None] * D + d[None, :],
-            mask=(ok & (sums > 0))[:, None] & (d < D)[None, :],
+            PARTIAL + at[:, :, None] * D + d[None, None, :],
+            mask=(ok & (sums > 0))[:, :, None] & (d < D)[None, None, :],
             other=0.0,
         )
-        out = tl.sum(part * weight[:, None], 0)
-        total = tl.sum(sums * weight, 0)
-    tl.store(OUT + line * D + d, (out / total).to(OUT.dtype.element_ty), mask=d < D)
+        out = tl.sum(part * weight[:, :, None], 1)
+        total = tl.sum(sums * weight, 1)
+    shown = there[:, None] & (d < D)[None, :]
+    tl.store(OUT + line[:, None] * D + d[None, :], (out / total[:, None]).to(OUT.dtype.element_ty), mask=shown)

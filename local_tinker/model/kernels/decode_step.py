@@ -291,12 +291,12 @@ def gated_reference(y, size, activation, *, low_rank=None):
 def _gated_triton(y, size, activation, low_rank):
     count = y.shape[0]
     out = torch.empty(count, size, dtype=y.dtype, device=y.device)
-    bm, bn = (16, 128) if low_rank is not None else (1, 1024)
+    bm, bn, warps = (1, 1024, 4) if low_rank is None else (16, 64, 8) if count <= 64 else (64, 64, 8)
     _gated[(-(-count // bm), -(-size // bn))](
         y, y if low_rank is None else low_rank.thin, y if low_rank is None else low_rank.up, out, count, size,
         y.stride(0), 0 if low_rank is None else low_rank.thin.stride(0), 0.0 if low_rank is None else low_rank.scale,
         RANK=16 if low_rank is None else low_rank.up.shape[1],
-        PARTS=0 if low_rank is None else len(low_rank.edges) - 1, GATE=GATES[activation], BM=bm, BN=bn, num_warps=4,
+        PARTS=0 if low_rank is None else len(low_rank.edges) - 1, GATE=GATES[activation], BM=bm, BN=bn, num_warps=warps,
         **dependent(out.device.type),
     )  # fmt: skip
     return out
@@ -340,10 +340,10 @@ def add_low_rank(y: Tensor, low_rank: LowRank) -> Tensor:
     if not triton_ready(y.device.type) or y.dtype == torch.float64 or len(low_rank.edges) != 2:
         return low_rank.add_to(y)
     count, outputs = y.shape
-    bm, bn = (16, 128) if count <= 64 else (64, 128)
+    bm, bn, warps = (16, 32, 2) if count <= 64 else (64, 32, 8)
     _add_low_rank[(-(-count // bm), -(-outputs // bn))](
         y, low_rank.thin, low_rank.up, count, outputs, y.stride(0), low_rank.thin.stride(0), low_rank.scale,
-        RANK=low_rank.up.shape[1], BM=bm, BN=bn, num_warps=4, **dependent(y.device.type),
+        RANK=low_rank.up.shape[1], BM=bm, BN=bn, num_warps=warps, **dependent(y.device.type),
     )  # fmt: skip
     return y
 

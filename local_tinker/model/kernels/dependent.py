@@ -6,7 +6,8 @@ program of the kernel before it has begun, and waits there for what that one wri
 "Programmatic Dependent Launch and Synchronization").
 
 What such a kernel keeps to: all its programs call `follow`, and none reads or writes what a kernel before it may have to
-do with until then. So a kernel that has ended still means that all before it have.
+do with until then. So a kernel that has ended still means that all before it have. It sends the next one out once it has
+waited itself: sooner, kernels pile up, and where they take their places the multiprocessors are not equally free.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def dependent(device_type: str) -> dict[str, Any]:
 
 @jit
 def follow(DEPENDENT: tl.constexpr):
-    """Let the next kernel be sent out, then wait for the one before."""
+    """Wait for the kernel before, then let the next one be sent out."""
     if DEPENDENT:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()

@@ -280,7 +280,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_rows(
     const float* table, const float* levels, const u16* x, const u16* below, const u16* bias, u16* y,
     int rows, int inputs, int below_rows, int below_stride, int y_stride, int biases, int splits
 ) {
-    send_next();
     __shared__ float2 pairs[256][COPIES];
     __shared__ float absmaxes[256];
     __shared__ float4 shares[COLUMNS][WARPS][32];
@@ -321,6 +320,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_rows(
         }
         finish(sums, shares, out, tile, outputs, base, split, splits);
     }
+    send_next();  // no sooner: the next one's programs would all gather where the first of these end
     // The last programs have the fewest tiles of the weights.
     for (int start = (gridDim.x - 1 - blockIdx.x) * slots; start * OUTPUTS < below_rows; start += stride) {
         const int tile = start + slot;
