@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from local_tinker import ServiceClient
+from local_tinker.model.kernels import dependent, nf4_rows
 from local_tinker.sampler.workspace import Workspace, record
 from tests.gpu.test_sampler import on_card, requests
 from tests.test_training import ROWS, inner
@@ -100,3 +101,31 @@ def test_neither_a_step_nor_a_rollout_waits_for_the_device(tmp_path):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [c.tokens for g in found for c in g] == [c.tokens for g in expected for c in g]
+
+
+@pytest.mark.parametrize("quantize", [None, "4bit"])
+def test_kernels_that_are_sent_out_early_change_no_bit(quantize, tmp_path, monkeypatch):
+    """Recorded steps in which a kernel takes its place while the one before it runs, against one after the other."""
+    from tests import tiny
+
+    if not dependent.launches_early("cuda"):
+        pytest.skip("this card sends no kernel out early")
+    folder = tiny.save(tmp_path / "model", hidden_size=256, num_attention_heads=4, intermediate_size=512)
+    service = ServiceClient(device="cuda", quiet=True)
+    trainer = service.create_lora_training_client(str(folder), rank=8, quantize=quantize, dtype="bfloat16")
+    trainer.forward_backward(ROWS)
+    trainer.optim_step(learning_rate=1e-2)
+    trainer.save_state(tmp_path / "state")
+
+    def drawn(n):
+        sampler = service.create_training_client_from_state(tmp_path / "state").save_weights_and_get_sampling_client()
+        runs = [sampler.sample_batch([[5, 6, 7], [8, 9]], n, max_tokens=60, stop=[], seed=1) for _ in range(4)]
+        return [[(c.tokens, c.logprobs) for g in run for c in g] for run in runs]
+
+    for n in (1, 7, 80):
+        early = drawn(n)
+        with monkeypatch.context() as patch:
+            for module in (dependent, nf4_rows):
+                patch.setattr(module, "launches_early", lambda device: False)
+            late = drawn(n)
+        assert all(run == late[0] for run in early + late), f"{n} a prompt"

@@ -34,6 +34,12 @@ def cuda_fault() -> str | None:
     return None
 
 
+@cache
+def driver_version() -> int:
+    """12030 for 12.3; 0 where nobody can say."""
+    return 0 if driver is None else _checked(driver.cuDriverGetVersion())
+
+
 def compiled(name: str, architecture: str, **constants: int | str) -> bytes:
     """The machine code of `name`.cu for "sm_90" or another, with these macros.
 

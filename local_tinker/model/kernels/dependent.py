@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from . import jit, tl
+from .cuda import driver_version
 
 if tl is not None:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -25,8 +26,10 @@ if tl is not None:
 
 @cache
 def launches_early(device_type: str) -> bool:
-    """Whether the card can: others launch one kernel after the other."""
-    return device_type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
+    """Whether the card can, and its driver within a recorded step (12.3): others launch one kernel after the other."""
+    if device_type != "cuda" or torch.cuda.get_device_capability() < (9, 0):
+        return False
+    return driver_version() >= 12030
 
 
 def dependent(device_type: str) -> dict[str, Any]:

@@ -10,20 +10,19 @@
 // read together, so that no two lanes wait for a bank. Then two multiplications with absmax, which round as dequantising
 // does, and one conversion, which leaves the pair as the tensor cores take it.
 //
-// Constants of an instance: KIND ("bf16" or "f16"), ROWS (at most so many of x: 4, 8 or 16).
+// Constants of an instance: KIND ("bf16" or "f16"), ROWS (at most so many of x: 4, 8 or 16), THREADS of a program, RESIDENT
+// programs on a multiprocessor where its shared memory is enough, OUTPUTS of a warp, STEP inputs that it takes at once.
 
 typedef unsigned int u32;
 typedef unsigned char u8;
 typedef unsigned short u16;
 
-constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int RESIDENT = 3;  // programs on a multiprocessor, where its shared memory is enough
-constexpr bool SPLIT = ROWS <= 4;
-constexpr int OUTPUTS = SPLIT ? 8 : 16;   // of a warp
+constexpr int WARPS = THREADS / 32;
+constexpr bool SPLIT = ROWS <= 4;  // half the outputs, twice the inputs
 constexpr int COLUMNS = ROWS > 8 ? 2 : 1;  // of eight
 constexpr int BLOCK = 64;    // weights that share an absmax
 constexpr int HALF = 128;    // inputs that a step takes of an output at once: four lanes, sixteen bytes each
-constexpr int STEP = SPLIT ? 2 * HALF : HALF;
+static_assert(OUTPUTS == (SPLIT ? 8 : 16) && STEP == (SPLIT ? 2 * HALF : HALF), "tiles and steps go with ROWS");
 constexpr int NESTED = 256;  // absmaxes that share a scale
 constexpr int COPIES = 16;   // of the table of pairs
 

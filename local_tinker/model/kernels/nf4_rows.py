@@ -24,6 +24,7 @@ BLOCK = 64  # weights an absmax, and
 NESTED = 256  # absmaxes a scale: the kernel's, and bitsandbytes' where nobody says otherwise
 ROWS = (4, 8, MOST_ROWS)  # instances
 THREADS, WARPS = 256, 8  # of a program
+RESIDENT = 3  # programs on a multiprocessor that registers are kept for
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -93,14 +94,25 @@ def nf4_rows(x: Tensor, parts: Sequence[tuple[Tensor, Any]], bias: Tensor | None
 
 @cache
 def _kernel(device: int, kind: str, rows: int) -> CudaKernel:
-    return CudaKernel("nf4_rows", device, THREADS, KIND=kind, ROWS=rows)
+    return CudaKernel("nf4_rows", device, THREADS, **constants(kind, rows))
+
+
+def constants(kind: str, rows: int) -> dict[str, int | str]:
+    """Of an instance, see the source."""
+    outputs, step = _tile(rows)
+    return dict(KIND=kind, ROWS=rows, THREADS=THREADS, RESIDENT=RESIDENT, OUTPUTS=outputs, STEP=step)
+
+
+def _tile(rows: int) -> tuple[int, int]:
+    """Outputs of a warp, and inputs that it takes at once."""
+    return (8, 256) if rows <= 4 else (16, 128)
 
 
 @cache
 def _shape(device: int, kind: str, instance: int, inputs: int, outputs: tuple[int, ...]) -> tuple[int, int]:
     """Programs, no more than run at once, and warps that share the sum of a tile: many for few tiles, so that all
     multiprocessors have some."""
-    size, step = (8, 256) if instance <= 4 else (16, 128)
+    size, step = _tile(instance)
     tiles, steps = sum(-(-o // size) for o in outputs), -(-inputs // step)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     most = processors * _kernel(device, kind, instance).resident

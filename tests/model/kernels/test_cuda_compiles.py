@@ -11,9 +11,9 @@ pytestmark = pytest.mark.skipif(cuda.cuda_fault() is not None, reason=f"{cuda.cu
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90"])
 def test_rows_times_nf4(architecture, kind, rows):
-    assert cuda.compiled("nf4_rows", architecture, KIND=kind, ROWS=rows).startswith(b"\x7fELF")
+    assert cuda.compiled("nf4_rows", architecture, **nf4_rows.constants(kind, rows)).startswith(b"\x7fELF")
 
 
 def test_what_does_not_compile_says_why():
     with pytest.raises(RuntimeError, match=r"(?s)does not compile for sm_90.*KIND"):
-        cuda.compiled("nf4_rows", "sm_90", ROWS=4)
+        cuda.compiled("nf4_rows", "sm_90", **{**nf4_rows.constants("bf16", 4), "KIND": 1.5})
