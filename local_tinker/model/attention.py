@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError
 from .kernels import KERNEL_DTYPES, triton_ready
-from .kernels.attention import Document, PackedBlocks, attend_packed, attend_packed_backward
+from .kernels.attention import attend_packed, attend_packed_backward
+from .kernels.packed_blocks import Document, PackedBlocks
 
 ATTENTION_NAME = "local_tinker"
 QUERY_BLOCK = 1024  # rows of soft-capped scores that exist at once

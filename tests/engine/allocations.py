@@ -24,7 +24,7 @@ from local_tinker.model.attention import VarlenCausal
 from local_tinker.model.dims import ModelDims
 from local_tinker.model.group import ProjectionGroup
 from local_tinker.model.head import Head, target_logprobs
-from local_tinker.model.kernels.attention import PackedBlocks
+from local_tinker.model.kernels.packed_blocks import PackedBlocks
 from local_tinker.model.kernels.rope import HeadLayout
 from local_tinker.model.layer_parts import LayerWeights
 from local_tinker.model.linear import FrozenLinear

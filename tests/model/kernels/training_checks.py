@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from local_tinker.model.attention import VarlenCausal, attend_reference, attention_kernel
-from local_tinker.model.kernels import attention, fp8, head, lora, nf4, norm, rope, serves, swiglu, triton
+from local_tinker.model.kernels import (
+    fp8,
+    head,
+    lora,
+    nf4,
+    norm,
+    packed_blocks,
+    rope,
+    serves,
+    swiglu,
+    triton,
+)
 from local_tinker.model.kernels.rope import HeadLayout
 from local_tinker.model.linear import NF4Weight
 
@@ -219,7 +230,7 @@ def whole(parts, edges, prefixes):
 @pytest.mark.parametrize(("prefix", "walked"), [(1, 1024), (64, 40), (75, 17)])
 def test_attention_of_documents_that_go_on_from_a_prefix(monkeypatch, case, prefix, walked):
     """A whole document, then a prefix with three documents behind it, then one with a single one behind it."""
-    monkeypatch.setattr(attention, "BEHIND", walked)
+    monkeypatch.setattr(packed_blocks, "BEHIND", walked)
     window, softcap = {"window": 37, "wide window": 90}.get(case), (4.0 if case == "cap" else None)
     edges, prefixes = [0], [None, None, 1, 1, 1, None, 5]
     for length in (20, prefix, 70, 1, 33, 12, 9):
