@@ -203,6 +203,42 @@ def _low_rank_tile(thin_row, up_row, ok, RANK: tl.constexpr):
 
 
 @jit
+def _norm_halves(a, b, weight, eps, HALF: tl.constexpr, NORM: tl.constexpr):
+    """RMSNorm of heads from their halves (BM, HALF)."""
+    kind: tl.constexpr = a.dtype
+    c = tl.arange(0, HALF)
+    fa = a.to(tl.float32)
+    fb = b.to(tl.float32)
+    inverse = tl.rsqrt((tl.sum(fa * fa, 1) + tl.sum(fb * fb, 1)) / (2 * HALF) + eps)[:, None]
+    wa = tl.load(weight + c).to(tl.float32)[None, :]
+    wb = tl.load(weight + HALF + c).to(tl.float32)[None, :]
+    if NORM == 0:
+        a = ((fa * inverse).to(kind).to(tl.float32) * wa).to(kind)
+        b = ((fb * inverse).to(kind).to(tl.float32) * wb).to(kind)
+    else:
+        if NORM == 2:
+            wa += 1.0
+            wb += 1.0
+        a = (fa * inverse * wa).to(kind)
+        b = (fb * inverse * wb).to(kind)
+    return a, b
+
+
+@jit
+def _turn_halves(a, b, cos, sin):
+    """Heads rotated, from their halves (BM, HALF); each product is rounded to the angles' type."""
+    kind: tl.constexpr = a.dtype
+    step: tl.constexpr = cos.dtype
+    fa = a.to(tl.float32)
+    fb = b.to(tl.float32)
+    cos = cos.to(tl.float32)
+    sin = sin.to(tl.float32)
+    first = ((fa * cos).to(step).to(tl.float32) - (fb * sin).to(step).to(tl.float32)).to(kind)
+    second = ((fb * cos).to(step).to(tl.float32) + (fa * sin).to(step).to(tl.float32)).to(kind)
+    return first, second
+
+
+@jit
 def _rope_write(
     Y, THIN, UP, Q_NORM, K_NORM, COS, SIN, OUT, KEYS, VALUES, PAGES, LENGTH, rows, y_stride, thin_stride,
     angle_stride, pages_stride, page_stride, scale, eps, HEADS: tl.constexpr, SHARED: tl.constexpr,
@@ -227,34 +263,15 @@ def _rope_write(
         a = (a.to(tl.float32) + scale * _low_rank_tile(thin, up, ok, RANK)).to(kind)
         b = (b.to(tl.float32) + scale * _low_rank_tile(thin, up + HALF * RANK, ok, RANK)).to(kind)
     if NORM >= 0 and head < HEADS + SHARED:
-        fa = a.to(tl.float32)
-        fb = b.to(tl.float32)
-        inverse = tl.rsqrt((tl.sum(fa * fa, 1) + tl.sum(fb * fb, 1)) / D + eps)[:, None]
         weight = Q_NORM
         if head >= HEADS:
             weight = K_NORM
-        wa = tl.load(weight + c).to(tl.float32)[None, :]
-        wb = tl.load(weight + HALF + c).to(tl.float32)[None, :]
-        if NORM == 0:
-            a = ((fa * inverse).to(kind).to(tl.float32) * wa).to(kind)
-            b = ((fb * inverse).to(kind).to(tl.float32) * wb).to(kind)
-        else:
-            if NORM == 2:
-                wa += 1.0
-                wb += 1.0
-            a = (fa * inverse * wa).to(kind)
-            b = (fb * inverse * wb).to(kind)
+        a, b = _norm_halves(a, b, weight, eps, HALF, NORM)
     if ROTATE and head < HEADS + SHARED:
         angle = row[:, None] * angle_stride + c[None, :]
         cos = tl.load(COS + angle, mask=mask, other=0.0)
         sin = tl.load(SIN + angle, mask=mask, other=0.0)
-        step: tl.constexpr = COS.dtype.element_ty  # each product is rounded to the angles' type
-        fa = a.to(tl.float32)
-        fb = b.to(tl.float32)
-        cos = cos.to(tl.float32)
-        sin = sin.to(tl.float32)
-        a = ((fa * cos).to(step).to(tl.float32) - (fb * sin).to(step).to(tl.float32)).to(kind)
-        b = ((fb * cos).to(step).to(tl.float32) + (fa * sin).to(step).to(tl.float32)).to(kind)
+        a, b = _turn_halves(a, b, cos, sin)
     if head < HEADS:
         to = OUT + row[:, None] * (HEADS * D) + head * D + c[None, :]
         tl.store(to, a, mask=mask)
