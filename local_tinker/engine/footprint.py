@@ -144,7 +144,8 @@ def wide_bytes(dims: ModelDims, settings: TrainSettings, *names: str) -> int:
         room = settings.rank * len(shapes) * sum(o for _, o in shapes)
     else:
         inputs, outputs = shapes[0]
-        room = inputs * (rows_below(outputs, inputs, settings.rank) if settings.kind == "cuda" else settings.rank)
+        tiled = settings.kind == "cuda" and settings.compute_bytes == 2
+        room = inputs * (rows_below(outputs, inputs, settings.rank) if tiled else settings.rank)
     return settings.compute_bytes * (sum(i * o for i, o in shapes) + room)
 
 

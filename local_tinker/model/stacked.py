@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dims import ADAPTER_TILE
 from .group import ProjectionGroup
 from .kernels import power_of_two
 from .kernels.decode_step import LowRank
 from .linear import project
 from .lora import LoraPair
+
+FEW_ROWS = 128  # so many are multiplied as fast by the adapter's rows alone
 
 
 class Stacked:
@@ -59,9 +60,10 @@ class Stacked:
 
     @property
     def address(self) -> tuple[int, ...]:
-        """Where the weights and the adapter stand; 0 for what is not there."""
-        adapter = (self._a, self._b) if self._adapted else ()
-        return self._weights_at(), *(t.data_ptr() for t in adapter)
+        """Where the weights, the bias and the adapter stand, and how far apart rows of the weights; 0 for what is not there."""
+        rest = (self._bias, *((self._a, self._b) if self._adapted else ()))
+        pitch = self.group.with_below(0).stride(0) if self.held else 0
+        return self._weights_at(), pitch, *(0 if t is None else t.data_ptr() for t in rest)
 
     @property
     def current(self) -> bool:
@@ -137,7 +139,7 @@ class Stacked:
     def _below_for(self, x: Tensor) -> int:
         """Rows below the weights to multiply by: of one projection's all that are there, see `rows_below`, where that is
         faster. What the rows past the adapter's give is not looked at."""
-        return self.group.spare_rows if self.group.single and x.shape[0] > ADAPTER_TILE else self._width
+        return self.group.spare_rows if self.group.single and x.shape[0] > FEW_ROWS else self._width
 
     def _low_rank(self, thin: Tensor | None) -> LowRank | None:
         return None if thin is None else LowRank(thin, self._b, self._scale, self.group.starts)

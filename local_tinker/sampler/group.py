@@ -184,6 +184,8 @@ class Sequence:
 
     def extend(self, tokens: list[int], logprobs: list[float]) -> list[Delta]:
         """Add the tokens of some steps, up to the one that ends it; the deltas where they are streamed."""
+        if self.finished:
+            return []
         if self._matcher is None and not self.stream and self.rules.stop_ids.isdisjoint(tokens):
             count = min(len(tokens), self.max_new - len(self.tokens))
             self.tokens += tokens[:count]

@@ -111,18 +111,25 @@ def test_kernels_that_are_sent_out_early_change_no_bit(quantize, tmp_path, monke
     if not dependent.launches_early("cuda"):
         pytest.skip("this card sends no kernel out early")
     folder = tiny.save(tmp_path / "model", hidden_size=256, num_attention_heads=4, intermediate_size=512)
-    service = ServiceClient(device="cuda", quiet=True)
-    trainer = service.create_lora_training_client(str(folder), rank=8, quantize=quantize, dtype="bfloat16")
-    trainer.forward_backward(ROWS)
-    trainer.optim_step(learning_rate=1e-2)
-    trainer.save_state(tmp_path / "state")
+    with ServiceClient(device="cuda", quiet=True) as service:
+        trainer = service.create_lora_training_client(str(folder), rank=8, quantize=quantize, dtype="bfloat16")
+        trainer.forward_backward(ROWS)
+        trainer.optim_step(learning_rate=1e-2)
+        trainer.save_state(tmp_path / "state")
+    capture, captured = Workspace._capture, []
+    monkeypatch.setattr(Workspace, "_capture", lambda self, kind: captured.append(kind) or capture(self, kind))
 
     def drawn(n):
-        sampler = service.create_training_client_from_state(tmp_path / "state").save_weights_and_get_sampling_client()
-        runs = [sampler.sample_batch([[5, 6, 7], [8, 9]], n, max_tokens=60, stop=[], seed=1) for _ in range(4)]
+        """In a service of its own, which records its steps anew."""
+        before = len(captured)
+        with ServiceClient(device="cuda", quiet=True) as service:
+            trainer = service.create_training_client_from_state(tmp_path / "state")
+            sampler = trainer.save_weights_and_get_sampling_client()
+            runs = [sampler.sample_batch([[5, 6, 7], [8, 9]], n, max_tokens=60, stop=[], seed=1) for _ in range(4)]
+        assert len(captured) > before
         return [[(c.tokens, c.logprobs) for g in run for c in g] for run in runs]
 
-    for n in (1, 7, 80):
+    for n in (1, 2, 7, 80):
         early = drawn(n)
         with monkeypatch.context() as patch:
             for module in (dependent, nf4_rows):

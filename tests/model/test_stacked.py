@@ -70,6 +70,18 @@ def test_many_rows_are_multiplied_by_whole_tiles_whose_spare_rows_count_for_noth
     assert seen == [120 + 16, 256]
 
 
+def test_recorded_steps_are_stale_when_the_bias_or_the_pitch_of_the_weights_is_another():
+    stacked = Stacked(group(12, 8))
+    bound(stacked, [pair(12, 4, seed=1), None])
+    seen = {stacked.address}
+    stacked._bias = stacked._bias.clone()
+    seen.add(stacked.address)
+    held = stacked.group._resident
+    stacked.group._resident = held.as_strided((held.shape[0] // 2, held.shape[1]), (2 * held.shape[1], 1))
+    seen.add(stacked.address)
+    assert len(seen) == 3
+
+
 def test_a_quantised_base_that_is_not_held_is_multiplied_as_it_is():
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(9))
     stacked = Stacked(group(64, 64, quantize="4bit"))

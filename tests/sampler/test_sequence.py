@@ -155,6 +155,13 @@ def test_of_a_block_of_steps_the_tokens_up_to_the_stop_are_taken(rules, tokens, 
     assert result.logprobs == tuple(-float(i) for i in range(count))
 
 
+def test_blocks_without_a_stop_id_are_taken_whole_and_nothing_after_the_end():
+    row = sequence(None, StopRules(frozenset({7})), max_new=8)
+    for tokens in ([1, 2, 3], [4, 7, 5], [6, 6, 6]):
+        assert row.extend(tokens, [-1.0] * 3) == []
+    assert (row.tokens, row.stop_reason) == ([1, 2, 3, 4, 7], "stop")
+
+
 def test_a_finished_sample_makes_a_completion_that_pickles():
     _, result = fill(sequence(byte_tokenizer(), StopRules(stop_strings=("lo",))), b"hello")
     completion = pickle.loads(pickle.dumps(result.completion(weights_version="v/3")))

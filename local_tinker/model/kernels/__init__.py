@@ -33,13 +33,18 @@ def power_of_two(n: int, least: int = 1) -> int:
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
 
+def interpreted() -> bool:
+    """Whether kernels run through Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @cache
 def fault(device_type: str) -> str | None:
     """Why Triton kernels cannot run on this kind of device, in words for the user; None where they can.
 
     On a CPU they run through Triton's interpreter alone, which tests switch on by TRITON_INTERPRET=1.
     """
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device_type != "cuda" and not interpreted():
         return "kernels are for NVIDIA cards"
     if triton is None:
         return "the package triton did not import"

@@ -91,7 +91,7 @@ class CudaKernel:
         bits.
 
         Args:
-            dependent: it may begin before the kernel ahead of it has ended, see `dependent`.
+            dependent: it may begin before the kernel ahead of it has ended, see dependent.py.
         """
         values = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg or 0 for arg in args)
         types = tuple(_INT if type(arg) is int else ctypes.c_void_p for arg in args)

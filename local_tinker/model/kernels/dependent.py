@@ -1,13 +1,13 @@
 """Programmatic dependent launch: a kernel takes its place on the card while the one before it still runs.
 
 A decoding step is a few hundred kernels of some microseconds, and from the end of one to the first instruction of the
-next a card of compute capability 9.0 or newer takes about one more. A dependent kernel is sent out as soon as every
-program of the kernel before it has begun, and waits there for what that one writes (CUDA C++ Programming Guide,
-"Programmatic Dependent Launch and Synchronization").
+next a card takes about one more. From compute capability 9.0 on a kernel may be sent out as soon as every program of the
+one before it has said so or ended, and waits in its place until that one has ended and what it wrote can be read (CUDA C++
+Programming Guide, "Programmatic Dependent Launch and Synchronization").
 
-What such a kernel keeps to: all its programs call `follow`, and none reads or writes what a kernel before it may have to
-do with until then. So a kernel that has ended still means that all before it have. It sends the next one out once it has
-waited itself: sooner, kernels pile up, and where they take their places the multiprocessors are not equally free.
+Every program here waits before it reads or writes what a kernel before it may have to do with, and before it lets the
+next kernel be sent out. So a kernel that has ended means that all before it have, and no more than two are ever under
+way. Letting the next one go sooner was slower: kernels pile up, and those that want all multiprocessors find them taken.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import jit, tl
+from . import interpreted, jit, tl
 from .cuda import driver_version
 
 if tl is not None:
@@ -26,8 +26,9 @@ if tl is not None:
 
 @cache
 def launches_early(device_type: str) -> bool:
-    """Whether the card can, and its driver within a recorded step (12.3): others launch one kernel after the other."""
-    if device_type != "cuda" or torch.cuda.get_device_capability() < (9, 0):
+    """Whether the card can, and its driver within a recorded step (12.3): others launch one kernel after the other, and
+    so does Triton's interpreter."""
+    if device_type != "cuda" or interpreted() or torch.cuda.get_device_capability() < (9, 0):
         return False
     return driver_version() >= 12030
 

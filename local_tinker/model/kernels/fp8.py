@@ -57,7 +57,8 @@ def product(x: Rows, w: Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor
     if not x.values.is_cuda:
         return product_reference(x, w, bias, dtype)
     y = torch._scaled_mm(x.values, w.values.t(), x.scales, w.scales.t(), out_dtype=dtype, use_fast_accum=True)
-    return y if bias is None else y.add_(bias)  # apart: cuBLAS has no product with a bias for some sizes
+    # Apart, and so with a rounding more than the definition: cuBLAS has no product with a bias for some sizes.
+    return y if bias is None else y.add_(bias)
 
 
 if triton is not None:

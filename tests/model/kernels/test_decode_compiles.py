@@ -43,7 +43,10 @@ class Compiled:
         built = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
         assert f"sm_{self.capability}" in built.asm["ptx"]
         assert built.metadata.shared <= SHARED
-        assert ("griddepcontrol.wait" in built.asm["ptx"]) == (self.capability >= 90)
+        early = self.capability >= 90
+        assert launch_pdl == early
+        for instruction in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
+            assert (instruction in built.asm["ptx"]) == early
         self.calls += 1
 
     @staticmethod
