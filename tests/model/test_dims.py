@@ -1,7 +1,7 @@
 import pytest
 
 from local_tinker.errors import ModelError
-from local_tinker.model.dims import ModelDims
+from local_tinker.model.dims import ModelDims, rows_below
 
 LLAMA_3B = {
     "model_type": "llama",
@@ -60,3 +60,11 @@ def test_parameter_counts_are_those_of_the_real_modules(name):
         model = AutoModelForCausalLM.from_config(config)
     counted = sum(p.numel() for p in model.parameters())
     assert ModelDims.from_config(config.to_dict()).params == counted
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "rank", "rows"),
+    [(3072, 3072, 32, 128), (3072, 8192, 160, 256), (3000, 3072, 16, 72), (3584, 18944, 16, 16), (3072, 3072, 0, 0)],
+)
+def test_an_adapters_rows_fill_a_tile_where_that_is_faster(outputs, inputs, rank, rows):
+    assert rows_below(outputs, inputs, rank) == rows
