@@ -69,7 +69,11 @@ class Reward:
         self.check_columns(columns)
         scores = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            score = self._call_one(prompt, completion, {name: values[i] for name, values in columns.items()})
+            try:
+                score = self._call_one(prompt, completion, {name: values[i] for name, values in columns.items()})
+            except Exception as error:
+                error.add_note(f"in reward {self.__name__}, for completion {i}: {str(completion)[:200]!r}")
+                raise
             scores.append(check_reward(score, f"what {self.__name__} returned for completion {i}"))
         return scores
 

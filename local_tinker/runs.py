@@ -160,9 +160,17 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Time spent in sessions that ended, and in this one if it is ours."""
+        """Time spent in sessions that ended, in this one if it is ours, and in another process's up to its last step."""
         done = sum(session.get("seconds") or 0.0 for session in self._record["sessions"])
-        return done + (time.monotonic() - self._began if self._lock else 0.0)
+        return done + (time.monotonic() - self._began if self._lock else self._unended())
+
+    def _unended(self) -> float:
+        """Seconds from the start of a last session without an end to what it wrote last."""
+        last = self._record["sessions"][-1]
+        if last.get("seconds") is not None or not (self.path / METRICS).exists():
+            return 0.0
+        began = datetime.fromisoformat(last["started"]).timestamp()
+        return round(max(0.0, (self.path / METRICS).stat().st_mtime - began), 3)
 
     @property
     def checkpoints(self) -> Path:
@@ -186,13 +194,15 @@ class Run:
         if fresh._record["status"] == "finished":
             self._disown()
             raise StateError(f"run {self.id} is finished: start a new one, from its last checkpoint if you like")
-        now = datetime.now(UTC)
+        now, before = datetime.now(UTC), fresh._record["sessions"]
+        if before[-1].get("seconds") is None:  # its process died
+            before = [*before[:-1], {**before[-1], "seconds": fresh._unended()}]
         self._record = {
             **fresh._record,
             "status": "running",
             "cause": None,
             "versions": package_versions(),
-            "sessions": [*fresh._record["sessions"], _session(now)],
+            "sessions": [*before, _session(now)],
         }
         self._write()
         return self
@@ -274,6 +284,12 @@ def list_runs(root: str | Path, *, say: Callable[[str], None] | None = None) -> 
     return sorted(found, key=lambda run: (run.created, run.id))
 
 
+def runs_of(root: str | Path, config: Mapping[str, Any] | None = None) -> list[Run]:
+    """The runs of a folder, of exactly this config where one is given, newest first."""
+    wanted = None if config is None else plain(dict(config), where="config")
+    return [run for run in reversed(list_runs(root)) if wanted is None or run.config == wanted]
+
+
 def last_unfinished(
     root: str | Path, config: Mapping[str, Any] | None = None, *, only_newest: bool = False
 ) -> Run | None:
@@ -283,10 +299,7 @@ def last_unfinished(
         config: only runs of exactly this config.
         only_newest: None when a newer run of that config ended otherwise.
     """
-    wanted = None if config is None else plain(dict(config), where="config")
-    for run in reversed(list_runs(root)):
-        if wanted is not None and run.config != wanted:
-            continue
+    for run in runs_of(root, config):
         saved = run.checkpoints.is_dir() and any(not entry.startswith(".") for entry in os.listdir(run.checkpoints))
         if saved and run.status in ("interrupted", "failed"):
             return run

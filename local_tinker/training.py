@@ -14,7 +14,7 @@ from .checkpoint import dump_json, read_folder, write_folder
 from .checks import at_least_0
 from .custom_loss import evaluate, loss_weights, with_weights
 from .data.datum import check_fields, validate_datums
-from .data.prepare import to_units
+from .data.prepare import Prepared, to_units
 from .data.render import Renderer
 from .engine.base import AdapterOptions, BaseInfo, LossCall, TrainerState, Unit
 from .engine.local import LocalEngine
@@ -153,17 +153,17 @@ class TrainingClient:
         check_choice({"loss_fn": loss_fn}, "loss_fn", ("cross_entropy", "sft", "dpo"))
         if self._options.dropout:
             raise UsageError("dropout makes the log-probs of a custom loss random; create the client with dropout=0")
-        units, kinds = self._units(batch, "dpo" if loss_fn == "dpo" else "sft", negative_weights=True)
-        data = [datum for unit in units for datum in unit]
+        prepared = self._prepared(batch, "dpo" if loss_fn == "dpo" else "sft", negative_weights=True)
+        data = prepared.datums
         plain = [(with_weights(d, None),) for d in data]
         scored = self._engine.forward(self._id, LossCall(plain, "cross_entropy"))
         logprobs = [torch.from_numpy(values).requires_grad_(True) for values in scored.logprobs]
         loss, metrics = evaluate(fn, data, logprobs)
         linear = [(with_weights(d, w),) for d, w in zip(data, loss_weights(loss, logprobs), strict=True)]
         self._engine.forward_backward(self._id, LossCall(linear, "linear"))
-        self._trained_on |= kinds
+        self._trained_on |= prepared.kinds
         value, found = float(loss.detach()), [lp.detach().numpy() for lp in logprobs]
-        return LossResult(lambda: (value, metrics, found))
+        return LossResult(lambda: (value, {**metrics, **prepared.metrics}, found))
 
     @known_keywords
     def optim_step(
@@ -230,10 +230,11 @@ class TrainingClient:
         if cached:
             check_choice(options, "cache_reference", (True, False))
         chosen, _ = check_options(spec, {k: v for k, v in options.items() if not (cached and k == "cache_reference")})
-        units, kinds = self._units(batch, spec.name, spec=spec)
+        prepared = self._prepared(batch, spec.name, spec=spec)
+        units = prepared.units
         if cached and options["cache_reference"] and not chosen["reference_free"]:
             units = self._references.add(units, self._score)
-        return RolloutCall(LossCall(units, spec.name, chosen)), kinds
+        return RolloutCall(LossCall(units, spec.name, chosen), prepared.metrics), prepared.kinds
 
     def _rollout_call(
         self, batch: Any, rewards: Any, spec: LossSpec, options: Mapping[str, Any], *, fix: bool
@@ -259,9 +260,9 @@ class TrainingClient:
         chosen, _ = check_options(spec, options)
         return RolloutCall(LossCall(policy_units(batch, rewards, policy), spec.name, chosen))
 
-    def _units(
+    def _prepared(
         self, batch: Any, loss: str, *, spec: LossSpec | None = None, negative_weights: bool = False
-    ) -> tuple[list[Unit], frozenset[str]]:
+    ) -> Prepared:
         prepared = to_units(
             batch,
             loss=loss,
@@ -277,7 +278,7 @@ class TrainingClient:
                 f"nothing is left of this batch: {prepared.dropped} rows are longer than max_length={self._max_length}; "
                 "raise max_length, or create the client with overlong='truncate_prompt'"
             )
-        return prepared.units, prepared.kinds
+        return prepared
 
     def _score(self, units: Sequence[Unit], *, values: bool = False, reference: bool = False):
         return self._engine.score(self._id, units, values=values, reference=reference)

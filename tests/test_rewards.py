@@ -151,6 +151,14 @@ class TestReward:
         with pytest.raises(UsageError, match=f"what scorer returned for completion 1 {words}"):
             reward(scorer)("p", ["a", "b"])
 
+    def test_an_error_of_the_function_says_for_which_completion(self):
+        def scorer(completion):
+            return {"a": 1.0}[completion]
+
+        with pytest.raises(KeyError) as caught:
+            reward(scorer)("p", ["a", "b"])
+        assert caught.value.__notes__ == ["in reward scorer, for completion 1: 'b'"]
+
     def test_a_trl_function_may_leave_a_completion_unscored(self):
         assert reward(lambda completions: [None, 1])("p", ["a", "b"]) == [None, 1.0]
 

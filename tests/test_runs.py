@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -133,8 +134,13 @@ def test_a_run_whose_process_died_shows_as_interrupted_and_can_be_resumed(tmp_pa
     process.send_signal(signal.SIGKILL)
     process.communicate()
     run = Run.open(path)
-    assert (run.status, run.cause) == ("interrupted", "process gone")
+    assert (run.status, run.cause, run.seconds) == ("interrupted", "process gone", 0.0)
+    began = datetime.fromisoformat(run.record["sessions"][0]["started"]).timestamp()
+    (path / "metrics.jsonl").touch()
+    os.utime(path / "metrics.jsonl", (began + 60, began + 60))  # its last step
+    assert Run.open(path).seconds == 60
     run.resume()
+    assert 60 <= run.seconds < 120
     assert run.status == "running" and Run.open(path).status == "running"
     run.finish("finished")
     record = Run.open(path).record

@@ -473,7 +473,12 @@ def test_rows_over_the_length_are_dropped_and_counted_and_a_batch_of_none_is_an_
     long = {"messages": [{"role": "user", "content": "dog " * 60}, {"role": "assistant", "content": "fox"}]}
     both, alone = trainer.forward([ROWS[0], long]), trainer.forward([ROWS[0]])
     assert float(both) == float(alone) and len(both.logprobs) == 1
-    assert "rows over max_length are dropped and counted" in capsys.readouterr().err
+    assert (both.metrics["dropped_rows"], "dropped_rows" in alone.metrics) == (1.0, False)
+    assert (
+        "rows over max_length are dropped and counted; the first is row 1 of the batch, with" in capsys.readouterr().err
+    )
+    custom = trainer.forward_backward_custom([long, ROWS[0]], lambda data, logprobs: (logprobs[0].sum(), {}))
+    assert custom.metrics == {"dropped_rows": 1.0}
     with pytest.raises(DatasetError, match="nothing is left of this batch: 1 rows are longer than max_length=48"):
         trainer.forward_backward([long])
 

@@ -14,7 +14,7 @@ def string(row: Mapping[str, Any], name: str, source: RowSource | None, *, empty
     if not isinstance(value, str):
         raise fail(f"expected a string, got {chat.type_name(value)} {value!r}"[:200], source=source, field=name)
     if not empty and not value.strip():
-        raise fail("empty: nothing to train", source=source, field=name)
+        raise fail("empty: nothing to train; leave the row out", source=source, field=name)
     return value
 
 

@@ -160,6 +160,10 @@ def _fits(row: Mapping[str, Any], shapes: Mapping[str, Shape]) -> bool:
 
 
 def _unrecognised(row: Mapping[str, Any], loss: str, shapes: Mapping[str, Shape]) -> str:
+    for shape in shapes.values():
+        null = [column for column in shape.columns if column in row and row[column] is None]
+        if null and all(column in row for column in shape.columns):
+            return f"{null[0]!r} is null; fill it in, or leave the row out"
     found = [str(column) for column, value in row.items() if value is not None]
 
     def nearness(item: tuple[str, Shape]) -> float:

@@ -52,10 +52,10 @@ def _strings(row: Mapping[str, Any], source: RowSource | None) -> Preference:
             )
             raise fail(message, source=source, field="prompt")
     if chosen == rejected:
-        raise fail("chosen and rejected are the same", source=source, field="rejected")
+        raise fail("chosen and rejected are the same; leave the pair out", source=source, field="rejected")
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
-            raise fail("empty: nothing to train", source=source, field=name)
+            raise fail("empty: nothing to train; leave the pair out", source=source, field=name)
     return Preference(prompt, chosen, rejected, source=source)
 
 
@@ -75,7 +75,7 @@ def split_preference(
 ) -> Preference:
     chosen, rejected = (_side(row[name], name, source) for name in ("chosen", "rejected"))
     if len(chosen) == len(rejected) == chat.common_prefix(chosen, rejected):
-        raise fail("chosen and rejected are the same", source=source, field="rejected")
+        raise fail("chosen and rejected are the same; leave the pair out", source=source, field="rejected")
     whole = [side for side in (chosen, rejected) if side[0]["role"] != "assistant"]
     if whole:
         shared = chat.common_prefix(chosen, rejected)

@@ -44,6 +44,11 @@ class Prepared:
     kinds: frozenset[str] = frozenset()
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """What a call adds to its own: how many rows were left out, where some were."""
+        return {"dropped_rows": float(self.dropped)} if self.dropped else {}
+
+    @property
     def datums(self) -> list[Datum]:
         return [datum for unit in self.units for datum in unit]
 
@@ -133,7 +138,8 @@ class _Fit:
         self.renderer, self.max_length, self.overlong = renderer, max_length, overlong
         self.dropped = self.truncated = 0
 
-    def __call__(self, sides: list[Encoded]) -> list[Encoded] | None:
+    def __call__(self, sides: list[Encoded], place: Any) -> list[Encoded] | None:
+        """The sequences of a row, cut where that was chosen; None where they are left out. `place` is said of the first."""
         longest = max(len(side.tokens) for side in sides)
         if self.max_length is None or longest <= self.max_length:
             return sides
@@ -151,7 +157,9 @@ class _Fit:
                 )
                 return [_without(side, head, cut) for side in sides]
         self.dropped += 1
-        self.renderer.notices(f"rows over max_length are dropped and counted; the first has {over}", key="dropped")
+        self.renderer.notices(
+            f"rows over max_length are dropped and counted; the first is {place}, with {over}", key="dropped"
+        )
         return None
 
     def check(self, unit: Unit, index: int) -> None:
@@ -223,7 +231,9 @@ def _from_rows(items: list, loss: str, fit: _Fit, *, texts: bool = False, max_ba
                 with located(source):
                     row_units = encode(example, fit.renderer)
             with located(source):
-                made = [_unit(sides, source, index) for sides in map(fit, map(list, row_units)) if sides]
+                place = f"{'text' if texts else 'row'} {index}" if source is None else source
+                fitting = [fit(list(sides), place) for sides in row_units]
+                made = [_unit(sides, place) for sides in fitting if sides]
         except DatasetError as error:
             bad.append(error)
             if len(bad) > max_bad:
@@ -243,8 +253,7 @@ def _kind(example: Example) -> str:
     return "conversation" if chat else "text"
 
 
-def _unit(sides: list[Encoded], source: Any, index: int) -> Unit:
-    place = source if source is not None else f"text {index}"
+def _unit(sides: list[Encoded], place: Any) -> Unit:
     return preference(*sides, place) if len(sides) == 2 else (supervised(sides[0], place),)
 
 
@@ -263,9 +272,10 @@ def _from_tensors(items: list[Mapping[str, Any]], fit: _Fit) -> Prepared:
     kept: list[int] = []
     rows = [row for item in items for row in tensor_encoded(item)]
     for index, row in enumerate(rows):
-        sides = fit([row])
+        place = f"row {index} of the tensors"
+        sides = fit([row], place)
         if sides is not None:
-            units.append((supervised(sides[0], f"row {index} of the tensors"),))
+            units.append((supervised(sides[0], place),))
             kept.append(index)
         last_stop = row.tokens[-1] in fit.renderer.stop_ids
         if not last_stop:
@@ -298,7 +308,7 @@ def _check_pairs(pairs: Iterable[Unit]) -> None:
         if _prompt(chosen) != _prompt(rejected):
             raise DatasetError("chosen and rejected continue different prompts", path=place)
         if chosen.model_input == rejected.model_input and _targets(chosen) == _targets(rejected):
-            raise DatasetError("chosen and rejected are the same", path=place)
+            raise DatasetError("chosen and rejected are the same; leave the pair out", path=place)
 
 
 def _prompt(datum: Datum) -> list[int]:

@@ -58,4 +58,22 @@ def continued(config: Common, loss: str) -> Run | None:
     if found is not None:
         why = f" ({found.cause})" if found.cause else ""
         report.say(f"{found.id} has this config and ended {found.status}{why}: continuing it; --fresh starts a new run")
+    else:
+        _say_of_others(config, loss)
     return found
+
+
+def _say_of_others(config: Common, loss: str) -> None:
+    """A new run begins beside one of the same config that still runs, or an older one that could go on."""
+    from ..runs import last_unfinished, runs_of
+
+    wanted = resolved(config, loss)
+    running = next((run for run in runs_of(config.output_dir, wanted) if run.status == "running"), None)
+    if running is not None:
+        process = running.record["sessions"][-1].get("pid")
+        report.say(f"{running.id} has this config and is running (process {process}): this is another run beside it")
+    older = last_unfinished(config.output_dir, wanted)
+    if older is not None:
+        report.say(
+            f"{older.id} of this config is {older.status}: --resume {older.id} goes on with it; this is a new run"
+        )

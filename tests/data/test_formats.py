@@ -109,6 +109,7 @@ def test_each_preference_shape_becomes_prompt_chosen_and_rejected(row, want):
         ({"prompt": "q", "chosen": "a", "rejected": " "}, "nothing to train"),
         ({"prompt": [U], "chosen": "a", "rejected": "b"}, "prompt is a message list"),
         ({"prompt": "q", "chosen": "a"}, "lacks rejected"),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "'rejected' is null; fill it in, or leave the row out"),
         ({"prompt": "q", "completion": "a"}, "they fit loss 'sft'"),
     ],
 )
@@ -166,7 +167,7 @@ def test_an_unknown_shape_names_the_columns_the_nearest_shape_and_a_mapping():
     [
         ({"prompt": "q", "completion": [A]}, "completion", "both be strings"),
         ({"prompt": "q", "completion": ""}, "completion", "nothing to train"),
-        ({"instruction": "q", "output": None}, None, "lacks output"),
+        ({"instruction": "q", "output": None}, None, "'output' is null"),
         ({"messages": "hello"}, "messages", "got a string"),
         ({"messages": [U, "a"]}, "messages[1]", "got str"),
         ({"messages": [{"content": "q"}]}, "messages[0]", "needs role and content"),

@@ -184,9 +184,9 @@ def test_rows_over_the_length_are_dropped_counted_and_said(renderer_of):
     long, short = (len(renderer.prompt_completion(**r).tokens) for r in rows)
     prepared = to_units(rows, renderer=renderer, max_length=short, say=said.append)
     assert (len(prepared.units), prepared.dropped, prepared.kept) == (1, 1, [1])
-    assert any(
-        f"dropped and counted; the first has {long} tokens, over max_length={short}" in message for message in said
-    )
+    assert prepared.metrics == {"dropped_rows": 1.0} and to_units(rows[1:], renderer=renderer).metrics == {}
+    first = f"dropped and counted; the first is row 0 of the batch, with {long} tokens, over max_length={short}"
+    assert any(first in message for message in said)
 
 
 def test_a_row_of_exactly_the_length_is_kept_whole(renderer_of):

@@ -1,6 +1,7 @@
 """Which run a command continues, and that what is continued equals what was never stopped."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def test_the_same_command_again_continues_an_unfinished_run_and_says_so(words, t
     assert [each.status for each in list_runs(tmp_path / "runs")] == ["finished", "finished"]
 
 
-def test_fresh_starts_over_and_another_config_is_another_run(words, tmp_path, stop_at):
+def test_fresh_starts_over_and_another_config_is_another_run(words, tmp_path, stop_at, capsys):
     flags = words(max_steps=3, samples=0)
     stop_at(1)
     assert app.main(["run", *flags]) == 130
@@ -75,9 +76,24 @@ def test_fresh_starts_over_and_another_config_is_another_run(words, tmp_path, st
     runs = list_runs(tmp_path / "runs")
     assert [run.status for run in runs] == ["interrupted", "finished", "finished"]
     assert len(runs[2].metrics()) == 3
-    # a newer run of the config has finished: the older unfinished one is history
+    # a newer run of the config has finished: the older unfinished one is history, and is named
+    capsys.readouterr()
     assert app.main(["run", *flags]) == 0 and len(list_runs(tmp_path / "runs")) == 4
+    assert (
+        f"{runs[0].id} of this config is interrupted: --resume {runs[0].id} goes on with it" in capsys.readouterr().err
+    )
     assert app.main(["run", *flags, "--resume"]) == 0 and list_runs(tmp_path / "runs")[0].status == "finished"
+
+
+def test_a_run_beside_one_of_the_same_config_says_so(words, tmp_path, capsys):
+    flags = words(max_steps=1, samples=0)
+    assert app.main(["run", *flags]) == 0
+    (done,) = list_runs(tmp_path / "runs")
+    with Run.create(tmp_path / "runs", "beside", config=done.config) as running:
+        capsys.readouterr()
+        assert app.main(["run", *flags]) == 0
+        beside = f"{running.id} has this config and is running (process {os.getpid()}): this is another run beside it"
+        assert beside in capsys.readouterr().err
 
 
 def test_resume_without_a_word_finds_the_newest_unfinished_run(words, tmp_path, stop_at, monkeypatch, capsys):
