@@ -22,6 +22,30 @@ from .types import Completion, ModelInput
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | ModelInput
 
 
+class TextStream(Iterator[str]):
+    """The text of one completion as it comes; whole characters only.
+
+    Attributes:
+        completion: the whole completion once its text has ended, None before.
+    """
+
+    def __init__(self, events: Iterator[Delta | Finished], weights_version: str) -> None:
+        self._events, self._version = events, weights_version
+        self.completion: Completion | None = None
+
+    def __next__(self) -> str:
+        for event in self._events:
+            if isinstance(event, Finished):
+                self.completion = event.completion(weights_version=self._version)
+            elif event.text:
+                return event.text
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop early."""
+        self._events = iter(())  # events that nobody holds are closed
+
+
 class SamplingClient:
     """Samples from one snapshot; made by a `TrainingClient` or by `ServiceClient.create_sampling_client`.
 
@@ -144,14 +168,14 @@ class SamplingClient:
         seed: int | None = None,
         stop: Any = None,
         deterministic: bool = False,
-    ) -> Iterator[str]:
-        """The text of one completion as it comes; whole characters only. Arguments are those of `sample`."""
+    ) -> TextStream:
+        """The text of one completion as it comes, and the completion at its end. Arguments are those of `sample`."""
         params = _params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
         requests = self._requests([prompt], 1, params)
         events = self._engine.sample(
             self._snapshot.id, requests, stream=True, deterministic=deterministic, say=self._say
         )
-        return (event.text for event in events if isinstance(event, Delta) and event.text)
+        return TextStream(events, self._snapshot.version)
 
     @known_keywords
     def compute_logprobs(self, prompt: Prompt) -> list[float | None]:

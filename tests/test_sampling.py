@@ -174,8 +174,11 @@ def test_completions_are_text_with_what_made_them(sampler):
 
 
 def test_streamed_text_adds_up_to_the_completion(sampler):
-    text = "".join(sampler.stream(CHAT, max_tokens=20, seed=5))
-    assert text == sampler.sample(CHAT, max_tokens=20, seed=5)
+    stream, whole = sampler.stream(CHAT, max_tokens=20, seed=5), sampler.sample(CHAT, max_tokens=20, seed=5)
+    assert stream.completion is None
+    assert "".join(stream) == whole == stream.completion
+    assert (stream.completion.tokens, stream.completion.stop_reason) == (whole.tokens, whole.stop_reason)
+    assert stream.completion.weights_version == sampler.weights_version
 
 
 def test_a_stream_left_early_leaves_the_engine_usable(sampler):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import UsageError
 from . import output
 from .target import open_sampler
+
+if TYPE_CHECKING:
+    from ..sampling import TextStream
+    from ..types import Completion
 
 
 def sample(
@@ -45,17 +49,32 @@ def sample(
     )
     settings = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     sampler = open_sampler(model, settings, root=root, quantize=quantize)
+    if n == 1 and not json:
+        return _show(sampler.stream(asked, **settings))
     (found,) = sampler.sample_batch([asked], n=n, **settings)
     if json:
         fields = ("stop_reason", "tokens", "logprobs", "weights_version")
         output.as_json([{"text": str(c), **{name: getattr(c, name) for name in fields}} for c in found])
         return
     for number, completion in enumerate(found, start=1):
-        if n > 1:
-            print(output.paint(f"--- {number} of {n}", "dim", sys.stdout))
+        print(output.paint(f"--- {number} of {n}", "dim", sys.stdout))
         print(completion)
-        if completion.stop_reason == "length":
-            output.note(f"(cut after {max_tokens} tokens; --max-tokens allows more)")
+        _note_cut(completion)
+
+
+def _show(stream: TextStream) -> None:
+    """Print the text as it comes; Ctrl-C leaves what has come."""
+    try:
+        for text in stream:
+            print(text, end="", flush=True)
+    finally:
+        print(flush=True)
+    _note_cut(stream.completion)
+
+
+def _note_cut(completion: Completion) -> None:
+    if completion.stop_reason == "length":
+        output.note(f"(cut after {len(completion.tokens)} tokens; --max-tokens allows more)")
 
 
 def _read(prompt: str | None) -> str:

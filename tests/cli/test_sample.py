@@ -9,6 +9,7 @@ from local_tinker.cli import app
 from local_tinker.cli.target import find_target
 from local_tinker.errors import CheckpointError, UsageError
 from local_tinker.runs import Run
+from local_tinker.sampling import SamplingClient
 
 
 @pytest.fixture
@@ -53,6 +54,23 @@ def test_a_run_its_id_its_folders_and_its_states_all_answer_as_trained(trained, 
     ):
         assert ask(word, "dog?", "--root", root) == 0
         assert capsys.readouterr().out == "the fox\n", word
+
+
+def test_text_is_shown_as_it_comes_and_an_interrupt_leaves_it(tiny_model, monkeypatch, capsys):
+    def stream(self, prompt, **settings):
+        yield "the beg"
+        assert capsys.readouterr().out == "the beg"
+        yield "inning"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SamplingClient, "stream", stream)
+    assert ask(tiny_model, "dog?") == 130
+    assert capsys.readouterr().out == "inning\n"
+
+
+def test_an_answer_that_was_cut_says_after_how_many_tokens(tiny_model, capsys):
+    assert app.main(["sample", str(tiny_model), "dog?", "--max-tokens", "3", "--seed", "1", "--quantize", "none"]) == 0
+    assert "(cut after 3 tokens; --max-tokens allows more)" in capsys.readouterr().err
 
 
 def test_a_model_folder_answers_untrained(trained, tiny_model, capsys):
