@@ -127,7 +127,7 @@ def test_an_optimiser_step_that_runs_out_changes_nothing_and_is_repeated(client,
 def test_scoring_and_forward_run_out_and_are_repeated(client, monkeypatch):
     trainer = pending(client)
     before, expected = everything(trainer), trainer.forward(ROWS)
-    units = [(d,) for d in trainer._units(ROWS, "sft")[0][0]]
+    units = [(d,) for d in trainer._prepared(ROWS, "sft").units[0]]
     scored = inner(trainer).score(units, values=False, reference=True)
     with monkeypatch.context() as patch:
         fail(patch, PASS_SITES["hidden states"], 2)
@@ -141,7 +141,7 @@ def test_scoring_and_forward_run_out_and_are_repeated(client, monkeypatch):
 
 def test_a_first_call_with_a_value_head_runs_out_and_leaves_none(client, monkeypatch):
     trainer = client(micro_batch_tokens=64)
-    state, units = inner(trainer), trainer._units(ROWS, "sft")[0]
+    state, units = inner(trainer), trainer._prepared(ROWS, "sft").units
     call = module.LossCall(units, "sft")
     monkeypatch.setattr(module.LOSSES["sft"].__class__, "needs", lambda self, options: frozenset({"values"}))
     with monkeypatch.context() as patch:
