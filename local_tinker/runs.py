@@ -173,6 +173,12 @@ class Run:
         return round(max(0.0, (self.path / METRICS).stat().st_mtime - began), 3)
 
     @property
+    def resumable(self) -> bool:
+        """Whether it has ended unfinished and has saved something to resume from."""
+        saved = self.checkpoints.is_dir() and any(not entry.startswith(".") for entry in os.listdir(self.checkpoints))
+        return saved and self.status in ("interrupted", "failed")
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -300,8 +306,7 @@ def last_unfinished(
         only_newest: None when a newer run of that config ended otherwise.
     """
     for run in runs_of(root, config):
-        saved = run.checkpoints.is_dir() and any(not entry.startswith(".") for entry in os.listdir(run.checkpoints))
-        if saved and run.status in ("interrupted", "failed"):
+        if run.resumable:
             return run
         if only_newest:
             return None

@@ -163,7 +163,8 @@ class TrainingClient:
         self._engine.forward_backward(self._id, LossCall(linear, "linear"))
         self._trained_on |= prepared.kinds
         value, found = float(loss.detach()), [lp.detach().numpy() for lp in logprobs]
-        return LossResult(lambda: (value, {**metrics, **prepared.metrics}, found))
+        metrics = {**metrics, **prepared.metrics}
+        return LossResult(lambda: (value, metrics, found))
 
     @known_keywords
     def optim_step(

@@ -65,14 +65,14 @@ def continued(config: Common, loss: str) -> Run | None:
 
 def _say_of_others(config: Common, loss: str) -> None:
     """A new run begins beside one of the same config that still runs, or an older one that could go on."""
-    from ..runs import last_unfinished, runs_of
+    from ..runs import runs_of
 
-    wanted = resolved(config, loss)
-    running = next((run for run in runs_of(config.output_dir, wanted) if run.status == "running"), None)
+    others = runs_of(config.output_dir, resolved(config, loss))
+    running = next((run for run in others if run.status == "running"), None)
     if running is not None:
         process = running.record["sessions"][-1].get("pid")
         report.say(f"{running.id} has this config and is running (process {process}): this is another run beside it")
-    older = last_unfinished(config.output_dir, wanted)
+    older = next((run for run in others if run.resumable), None)
     if older is not None:
         report.say(
             f"{older.id} of this config is {older.status}: --resume {older.id} goes on with it; this is a new run"

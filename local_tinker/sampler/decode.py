@@ -140,12 +140,11 @@ class SamplerEngine:
             admit_at=max(1, rows // 16) if on_card else 1,
             alone=deterministic,
         )
-        total = sum(request.n for request in requests)
         return self._events(
             scheduler,
             groups,
             (pairs, scale),
-            report=_Report(total, progress),
+            report=_Report(sum(request.n for request in requests), progress),
             stream=stream,
             pauses=pauses,
             deterministic=deterministic,

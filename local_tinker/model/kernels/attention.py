@@ -14,52 +14,14 @@ Shapes: N packed tokens, Hq query heads, Hkv key-value heads, G = Hq / Hkv, D he
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import power_of_two, tl, triton
 from .launch import kernel
-from .packed_blocks import PackedBlocks
-
-
-class Blocks(NamedTuple):
-    """Rows of the block that one program owns, rows it looks at in one step (a divisor), warps, steps loaded ahead."""
-
-    own: int
-    look: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Block sizes of the three kernels."""
-
-    forward: Blocks
-    query: Blocks
-    key: Blocks
-
-
-LONG = 4096  # a token's document, on average over tokens, from where wide blocks pay
-
-
-def tuning(head_dim: int, capability: tuple[int, int], length: float) -> Tuning:
-    """Measured on an H100 (docs of mean 60, mean 500 and one of 8,192 tokens); elsewhere what fits its shared memory.
-
-    Args:
-        length: mean over tokens of their document's length.
-    """
-    if head_dim > 128:
-        return Tuning(Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1))
-    if capability < (9, 0):
-        return Tuning(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2))
-    key = Blocks(64, 32, 4, 3) if head_dim <= 64 else Blocks(64, 64, 4, 2)
-    wide = Blocks(128, 64, 8, 3) if length >= LONG and head_dim > 64 else Blocks(64, 32, 4, 3)
-    return Tuning(wide, wide, key)
+from .packed_blocks import PackedBlocks, Tuning, tuning
 
 
 def attend_packed(

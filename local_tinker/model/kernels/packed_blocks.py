@@ -1,4 +1,6 @@
-"""Which rows of a pack of documents each program of the attention kernels owns. Made on the host, once a micro-batch.
+"""Sizes of the attention kernels' blocks, and which rows of a pack of documents each program owns.
+
+Made on the host, once a micro-batch.
 
 Shapes: N packed tokens.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +18,42 @@ from torch import Tensor
 
 BEHIND = 1024  # queries behind a prefix that one program walks for each query head
 SUMS = 4096  # rows of such sums at most, all pieces of all prefixes together, where there are that many at all
+
+
+class Blocks(NamedTuple):
+    """Rows of the block that one program owns, rows it looks at in one step (a divisor), warps, steps loaded ahead."""
+
+    own: int
+    look: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Block sizes of the three kernels."""
+
+    forward: Blocks
+    query: Blocks
+    key: Blocks
+
+
+LONG = 4096  # a token's document, on average over tokens, from where wide blocks pay
+
+
+def tuning(head_dim: int, capability: tuple[int, int], length: float) -> Tuning:
+    """Measured on an H100 (docs of mean 60, mean 500 and one of 8,192 tokens); elsewhere what fits its shared memory.
+
+    Args:
+        length: mean over tokens of their document's length.
+    """
+    if head_dim > 128:
+        return Tuning(Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1))
+    if capability < (9, 0):
+        return Tuning(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2))
+    key = Blocks(64, 32, 4, 3) if head_dim <= 64 else Blocks(64, 64, 4, 2)
+    wide = Blocks(128, 64, 8, 3) if length >= LONG and head_dim > 64 else Blocks(64, 32, 4, 3)
+    return Tuning(wide, wide, key)
 
 
 @dataclass(frozen=True)

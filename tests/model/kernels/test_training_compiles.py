@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from local_tinker.model.kernels import attention, fp8, head, lora, nf4, norm, rope, swiglu  # noqa: E402
+from local_tinker.model.kernels import attention, fp8, head, lora, nf4, norm, packed_blocks, rope, swiglu  # noqa: E402
 
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes of one program, CUDA's tables
 HALF, WIDE, INT, REAL = "*bf16", "*fp32", "i32", "fp32"
@@ -27,7 +27,7 @@ def kinds(kernel, types: str) -> dict[str, str]:
 
 
 def attention_cases(capability, head_dim=128):
-    chosen = attention.tuning(head_dim, capability, 500.0)
+    chosen = packed_blocks.tuning(head_dim, capability, 500.0)
     wide = dict(HEADS, D=head_dim, DB=head_dim)
     without_prefix = {name: value for name, value in wide.items() if name != "PREFIX"}
     f, q, k = chosen.forward, chosen.query, chosen.key
