@@ -27,7 +27,7 @@ MODES = ("ours", "base", "nf4", "deterministic", "hf", "parts", "update", "skew"
 PARTS = (
     ("attention", ("_attend_splits", "_combine")),
     ("draw", ("_block_stats", "_pick_token", "_advance")),
-    ("small", ("_add_norm", "_rope_write", "_gated", "_add_low_rank", "elementwise", "index", "embedding", "Memcpy")),
+    ("small", ("norm", "_rope_write", "_gated", "_add_low_rank", "_turn_angles", "elementwise", "Memcpy")),
     ("products", ("gemm", "nvjet", "cutlass", "splitK", "gemv", "kgemm", "cublas", "nf4_rows")),
 )
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .kernels import power_of_two, triton_ready
 from .kernels.decode_attention import decode_attention
-from .kernels.decode_step import HeadNorms, add_low_rank, add_norm, gated_product, rope_write
+from .kernels.decode_begin import embed_norm, turn_angles
+from .kernels.decode_step import HeadNorms, add_norm, gated_product, rope_write
 from .kernels.nf4_rows import rows_fault
 from .kernels.norm import rms_norm
 from .kernels.paged import PagedRows
@@ -106,21 +107,22 @@ class DecodeRoad:
         Args:
             keys, values: a layer: (pages, Hkv, PAGE, D).
         """
-        h = self._road.embed(tokens)
+        spec, before = self.spec, [layer.weights.before_attention for layer in self._layers]
+        embedding, factor = self._weights.embedding.detach(), self._road.embedding_scale
+        h, normed = embed_norm(tokens, embedding, factor, before[0], eps=spec.norm_eps, kind=spec.norm)
         angles, rows = self._angles(positions, h.dtype), rows.planned(keys[0])
-        x, after = None, None
+        following = [*before[1:], self._weights.final_norm]
         for index, layer in enumerate(self._layers):
             weights = layer.weights
-            normed = self._add_norm(x, h, after, weights.before_attention)
             x = self._attention(index, layer, normed, angles, keys[index], values[index], rows)
             normed = self._add_norm(x, h, weights.after_attention, weights.before_mlp)
             y, low = layer.gate_up.product(normed)
             size = layer.gate_up.outputs // 2
-            x = _whole(layer.down, gated_product(y, size, self.spec.activation, low_rank=low))
-            after = weights.after_mlp
-        return self._add_norm(x, h, after, self._weights.final_norm)
+            x = layer.down.whole(gated_product(y, size, spec.activation, low_rank=low))
+            normed = self._add_norm(x, h, weights.after_mlp, following[index])
+        return normed
 
-    def _add_norm(self, x: Tensor | None, h: Tensor, after: Tensor | None, before: Tensor | None) -> Tensor:
+    def _add_norm(self, x: Tensor, h: Tensor, after: Tensor | None, before: Tensor | None) -> Tensor:
         return add_norm(x, h, after, before, eps=self.spec.norm_eps, kind=self.spec.norm)
 
     def _attention(
@@ -153,7 +155,7 @@ class DecodeRoad:
             window=spec.windows[index],
             softcap=spec.attention_softcap,
         )
-        return _whole(layer.out, out)
+        return layer.out.whole(out)
 
     def _norm_whole(self, y: Tensor, weights: LayerWeights) -> Tensor:
         heads = weights.heads
@@ -165,15 +167,7 @@ class DecodeRoad:
         """cos and sin (B, J) of every rotary kind. Kinds whose frequencies change with the length never get that far:
         `LoadedModel.cached_positions` ends a text before."""
         dtype = torch.promote_types(dtype, torch.float32) if self.spec.rope_wide else dtype
-        found = {}
-        for kind, rope in self._weights.ropes.items():
-            turns = positions[:, None].float() * rope.inv_freq
-            found[kind] = (turns.cos() * rope.scaling).to(dtype), (turns.sin() * rope.scaling).to(dtype)
-        return found
-
-
-def _whole(group: Stacked, x: Tensor) -> Tensor:
-    """A product whose adapter no later step takes along."""
-    y, low = group.product(x)
-    y = y[:, : group.outputs]
-    return y if low is None else add_low_rank(y, low)
+        return {
+            kind: turn_angles(positions, rope.inv_freq, rope.scaling, dtype)
+            for kind, rope in self._weights.ropes.items()
+        }

@@ -54,7 +54,7 @@ class FastRoad:
         # into the product would not be rounded.
         factor = spec.embedding_scale
         self._paths = frozenset(path for layer in weights.layers for path in layer.paths())
-        self._embedding_scale = None if factor is None else float(torch.tensor(factor).to(weights.embedding.dtype))
+        self.embedding_scale = None if factor is None else float(torch.tensor(factor).to(weights.embedding.dtype))
 
     def hidden(
         self,
@@ -112,7 +112,7 @@ class FastRoad:
 
     def embed(self, tokens: Tensor) -> Tensor:
         h = F.embedding(tokens, self.weights.embedding.detach())
-        return h if self._embedding_scale is None else h * self._embedding_scale
+        return h if self.embedding_scale is None else h * self.embedding_scale
 
     def _angles(self, positions: Tensor) -> dict[str, Angles]:
         """cos and sin (N, 1, J) of every rotary kind, in the type that multiplies q and k."""

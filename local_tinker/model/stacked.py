@@ -12,12 +12,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .group import ProjectionGroup
-from .kernels import power_of_two
-from .kernels.decode_step import LowRank
+from .kernels import KERNEL_DTYPES, power_of_two
+from .kernels.low_rank import LowRank, add_low_rank, join_slices
 from .linear import project
 from .lora import LoraPair
 
 FEW_ROWS = 128  # so many are multiplied as fast by the adapter's rows alone
+SLICED_ROWS = 16  # so many are multiplied faster by slices of the inputs, whatever the weights' shape
+
+
+def slices_for(rows: int, inputs: int, outputs: int) -> int:
+    """In how many slices of the inputs a product of so many rows is faster, 0 for none.
+
+    Few outputs are too few tiles for a card. cuBLAS then splits the inputs as well, less often than is faster, and adds the
+    parts up in a kernel of its own; here the one that adds the adapter's part does. Measured on an H100, see
+    `products_by_slices` in benchmarks/results/sample_h100.json.
+    """
+    if inputs % 32 or (rows > SLICED_ROWS and inputs < 2 * outputs):
+        return 0
+    return 4 if rows > 192 and outputs <= 2048 else 2
 
 
 class Stacked:
@@ -136,6 +149,25 @@ class Stacked:
             return y, self._low_rank(project(x, self._a) if more else None)
         return y, self._low_rank(y[:, outputs : outputs + more] if more else None)
 
+    def whole(self, x: Tensor) -> Tensor:
+        """x (B, I) -> W x + b + s B A x (B, O), of one projection whose adapter no later step takes along."""
+        if slices := self._slices(x):
+            below = self._below_for(x) if self._adapted else 0
+            products = _product_by_slices(x, self.group.with_below(below), slices)
+            return join_slices(products, self.outputs, self._b if self._adapted else None, self._scale, x.dtype)
+        y, low = self.product(x)
+        y = y[:, : self.outputs]
+        return y if low is None else add_low_rank(y, low)
+
+    def _slices(self, x: Tensor) -> int:
+        """In how many slices of the inputs x is multiplied, 0 for all at once."""
+        group = self.group
+        if not (x.is_cuda and x.dtype in KERNEL_DTYPES and self.held and group.single and group.bias is None):
+            return 0
+        if group.packed is not None and group.packed.multiplies(x):
+            return 0
+        return slices_for(x.shape[0], group.inputs, group.outputs)
+
     def _below_for(self, x: Tensor) -> int:
         """Rows below the weights to multiply by: of one projection's all that are there, see `rows_below`, where that is
         faster. What the rows past the adapter's give is not looked at."""
@@ -143,3 +175,11 @@ class Stacked:
 
     def _low_rank(self, thin: Tensor | None) -> LowRank | None:
         return None if thin is None else LowRank(thin, self._b, self._scale, self.group.starts)
+
+
+def _product_by_slices(x: Tensor, weight: Tensor, slices: int) -> Tensor:
+    """x (B, I), weight (O, I) -> (S, B, O) fp32: the products of each slice of the inputs."""
+    apart = x.view(x.shape[0], slices, -1).transpose(0, 1), weight.view(weight.shape[0], slices, -1).permute(1, 2, 0)
+    if not x.is_cuda:  # a result of another type is for cards alone
+        return torch.bmm(*(side.float() for side in apart))
+    return torch.bmm(*apart, out_dtype=torch.float32)

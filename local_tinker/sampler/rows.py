@@ -21,6 +21,7 @@ from .group import Sequence as Row
 from .pick import NO_TOP_K
 
 STOPS = 8  # stop ids a device checks; the host sees the others a block of steps later
+MOST_SPLIT = 1024  # tokens of one program: a row that is much longer than the others must not end long after them
 FIXED_SPLIT = 256  # tokens of one program where results must not depend on the batch
 _TILE_ROWS = 64  # query heads times readers that one tile takes
 
@@ -128,27 +129,49 @@ def table_shape(
     prefix_tokens: int,
     readers: int,
     kv_heads: int,
+    head_bytes: int,
     processors: int,
     fixed: bool,
 ) -> TableShape:
-    """Splits so that a card has some programs for each of its processors and no more partial results than it needs."""
+    """Splits so that a card's processors have some programs each and no more partial results than that takes.
 
-    def split(segments: int, tokens: int, least: int, wave: int) -> int:
-        size = least
-        while size < min(1024, tokens) and segments * kv_heads * -(-tokens // size) > wave * processors:
-            size *= 2
-        return size
-
+    Args:
+        head_bytes: of one head's key. processors: multiprocessors of the card.
+    """
+    # Programs that keep the memory busy: one a processor where heads are 128 wide, in bf16; narrower ones ask for less each.
+    busy = processors * max(1, 256 // head_bytes)
     return TableShape(
         rows=rows,
         own_pages=max(1, pages_for(own_tokens)),
         prefixes=prefixes,
         prefix_pages=max(1, pages_for(prefix_tokens)),
         readers=readers,
-        own_split=FIXED_SPLIT if fixed else split(rows, own_tokens, 64, 8),
-        prefix_split=FIXED_SPLIT if fixed else split(prefixes, prefix_tokens, 128, 4),
+        own_split=FIXED_SPLIT
+        if fixed
+        else _own_split(rows * kv_heads, own_tokens, processors, busy, beside=prefixes > 0),
+        prefix_split=FIXED_SPLIT if fixed else _split(prefixes * kv_heads, prefix_tokens, 128, processors),
         fixed=fixed,
     )
+
+
+def _own_split(segments: int, tokens: int, processors: int, busy: int, *, beside: bool) -> int:
+    """Tokens of a program of `segments` lists of keys.
+
+    Beside those of shared prompts, programs need only be as many as keep the memory busy. Alone they also hide each
+    other's tails, so there are more of them; but where there are enough with one for each row, nothing is left to be put
+    together, which is worth more. Measured on an H100, see `attention_splits` in benchmarks/results/sample_h100.json.
+    """
+    if not beside and 1.4 * busy <= segments:
+        return MOST_SPLIT
+    return _split(segments, tokens, 64, busy if beside else 8 * processors)
+
+
+def _split(segments: int, tokens: int, least: int, most_programs: int) -> int:
+    """The smallest split, a power of two from `least` on, with which there are no more programs than that."""
+    size = least
+    while size < min(MOST_SPLIT, tokens) and segments * -(-tokens // size) > most_programs:
+        size *= 2
+    return size
 
 
 def most_entries(rows: int, positions: int) -> int:

@@ -59,7 +59,8 @@ class Run:
         rows = [row for group in groups for row in group.waiting]
         self._own_most = max((row.most for row in rows), default=1)
         self._prefix_most = max((len(group.prompt_tokens) for group in groups if group.shared), default=1)
-        self._kv_heads = work.cache.keys[0].shape[1]
+        keys = work.cache.keys[0]
+        self._kv_heads, self._head_bytes = keys.shape[1], keys.shape[3] * keys.element_size()
         most = most_readers(forward.group)
         widest = max((len(group.waiting) for group in groups), default=1)
         self._readers = most if fixed else min(most, power_of_two(widest))
@@ -200,6 +201,7 @@ class Run:
             prefix_tokens=prefix,
             readers=self._readers,
             kv_heads=self._kv_heads,
+            head_bytes=self._head_bytes,
             processors=self._processors,
             fixed=self._fixed,
         )

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from local_tinker.hardware import fp8_fault
+from local_tinker.model.group import ProjectionGroup
 from local_tinker.model.kernels import fp8, nf4, nf4_rows
-from local_tinker.model.linear import NF4Weight
+from local_tinker.model.linear import FrozenLinear, NF4Weight
+from local_tinker.model.stacked import Stacked, slices_for
 from tests.model.kernels.training_checks import HALF, draw, near
 
 pytestmark = pytest.mark.gpu
@@ -41,3 +43,25 @@ def test_products_in_eight_bits_equal_the_definition(inputs, tolerance, biased):
     x, w = fp8.quantise_rows(draw(33, inputs)), fp8.quantise_rows(draw(48, inputs, seed=1))
     bias = draw(48, seed=2) if biased else None
     near(fp8.product(x, w, bias, HALF), fp8.product_reference(x, w, bias, HALF), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("count", "inputs", "outputs"), [(1, 512, 384), (16, 512, 384), (200, 1024, 384), (64, 1024, 384)]
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_projection_by_slices_of_its_inputs_rounds_as_one_product_does(count, inputs, outputs, adapted, dtype):
+    linear = FrozenLinear(draw(outputs, inputs, scale=0.05, dtype=dtype), None, dtype=dtype, path="p")
+    stacked, x = Stacked(ProjectionGroup(("p",), (linear,))), draw(count, inputs, seed=1, dtype=dtype)
+    a, b = draw(20, inputs, seed=2, scale=0.05, dtype=dtype), draw(outputs, 20, seed=3, dtype=dtype)
+    stacked.prepare(20 if adapted else 0)
+    for to, source in stacked.bind([(a, b) if adapted else None], 0.5):
+        to.copy_(source)
+    assert slices_for(count, inputs, outputs) and stacked._slices(x)
+    y = (x.double() @ linear.dense().double().t()).to(dtype).double()
+    expected = y + 0.5 * ((x.double() @ a.double().t()).to(dtype).double() @ b.double().t() if adapted else 0.0)
+    found = stacked.whole(x)
+    assert found.shape == (count, outputs) and found.dtype == dtype
+    # a sum in fp32 may round to the neighbour, of y and of A x
+    allowed = torch.finfo(dtype).eps * (expected.abs() + y.abs() + expected.std())
+    assert bool(((found.double() - expected).abs() <= allowed).all())

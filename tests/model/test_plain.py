@@ -255,7 +255,7 @@ def test_the_probe_finds_a_wrong_road(wrong):
     elif wrong == "scale":
         object.__setattr__(fast.spec, "attention_scale", fast.spec.attention_scale * 1.1)
     elif wrong == "embedding":
-        fast._embedding_scale *= 1.01
+        fast.embedding_scale *= 1.01
     elif wrong == "final norm":
         object.__setattr__(fast.weights, "final_norm", fast.weights.final_norm + 0.01)
     elif wrong == "order":  # every layer is right by itself

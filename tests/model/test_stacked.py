@@ -1,19 +1,20 @@
+import pytest
 import torch
 from torch.nn import functional as F
 
 from local_tinker.model.decode import DecodeRoad
 from local_tinker.model.group import ProjectionGroup
 from local_tinker.model.linear import FrozenLinear
-from local_tinker.model.stacked import Stacked
+from local_tinker.model.stacked import Stacked, slices_for
 from tests.sampler.test_greedy import fast
 
 SCALE = 0.5
 
 
-def group(*outputs, quantize=None, seed=0):
+def group(*outputs, quantize=None, seed=0, biased=True):
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(o, 64, generator=generator) for o in outputs]
-    biases = [torch.randn(o, generator=generator) if i % 2 == 0 else None for i, o in enumerate(outputs)]
+    biases = [torch.randn(o, generator=generator) if biased and i % 2 == 0 else None for i, o in enumerate(outputs)]
     linears = tuple(
         FrozenLinear(w, b, quantize=quantize, dtype=torch.float32, path=f"p{i}")
         for i, (w, b) in enumerate(zip(weights, biases, strict=True))
@@ -68,6 +69,28 @@ def test_many_rows_are_multiplied_by_whole_tiles_whose_spare_rows_count_for_noth
     for rows in (128, 129):
         check(stacked, [pair(120, 4, seed=1)], torch.randn(rows, 64, generator=torch.Generator().manual_seed(9)))
     assert seen == [120 + 16, 256]
+
+
+@pytest.mark.parametrize("slices", [2, 4])
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_product_by_slices_of_the_inputs_is_the_product(slices, rank, monkeypatch):
+    stacked = Stacked(group(120, biased=False))
+    pairs = [None if rank is None else pair(120, rank, seed=5)]
+    bound(stacked, pairs)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(9))
+    expected = stacked.whole(x)
+    asked = []
+    monkeypatch.setattr(Stacked, "_slices", lambda self, x: asked.append(x) or slices)
+    torch.testing.assert_close(stacked.whole(x), expected, atol=2e-4, rtol=1e-4)
+    assert asked
+
+
+def test_products_with_few_rows_or_few_outputs_go_by_slices():
+    assert slices_for(1, 3072, 3072) == slices_for(16, 3072, 3072) == 2
+    assert slices_for(17, 3072, 3072) == 0
+    assert slices_for(256, 8192, 3072) == 2 and slices_for(256, 8192, 2048) == 4
+    assert slices_for(192, 8192, 2048) == 2
+    assert slices_for(1, 3080, 3072) == 0  # its parts would not begin where cuBLAS reads 16 bytes at once
 
 
 def test_recorded_steps_are_stale_when_the_bias_or_the_pitch_of_the_weights_is_another():

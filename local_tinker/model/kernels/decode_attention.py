@@ -2,7 +2,7 @@
 
 A row's keys stand in two places: a prefix that it may share (the prompt of its group) and pages of its own. Both are
 lists of pages. The kernel walks them in splits of a fixed number of tokens (flash decoding), each split of a prefix for
-all its readers together, and a second kernel puts a row's splits together.
+all its readers together, and a second kernel puts a row's splits together where there is more than one.
 
 A page holds PAGE tokens of all key heads, head by head: the kernel's tile of keys is one page of one head, 16 KiB in a
 row at D = 128 in bf16.
@@ -171,38 +171,33 @@ def _attend_triton(
     group = heads // shared
     own_splits, prefix_splits = rows.own_splits, rows.prefix_splits
     splits = own_splits + prefix_splits
-    partial = torch.empty(count * heads * splits, width, dtype=torch.float32, device=q.device)
-    stats = torch.empty(2, count * heads * splits, dtype=torch.float32, device=q.device)
+    whole = splits == 1 and not rows.fixed
     out = torch.empty(count, heads * width, dtype=q.dtype, device=q.device)
+    parts = 0 if whole else count * heads * splits
+    partial = out if whole else torch.empty(parts, width, dtype=torch.float32, device=q.device)
+    stats = out if whole else torch.empty(2, parts, dtype=torch.float32, device=q.device)
     readers = 1 if rows.readers is None else rows.readers.shape[1]
     prefixes = 0 if rows.prefix_pages is None else rows.prefix_pages.shape[0]
     prefix_pages = rows.own_pages if rows.prefix_pages is None else rows.prefix_pages
-    common = dict(
-        HEADS=heads,
-        GROUP=group,
-        D=width,
-        DP=power_of_two(width, 16),
-        WINDOW=window is not None,
-        CAP=softcap is not None,
-    )
-    early = dependent(q.device.type)
+    common = dict(HEADS=heads, D=width, DP=power_of_two(width, 16), **dependent(q.device.type))
     tile = tile_for(width, q.dtype)
     # Prefixes first: their programs are the longest.
     _attend_splits[(prefixes * prefix_splits + count * own_splits, shared)](
         q, keys, values, rows.own_pages, rows.own_length, rows.prefix_length, prefix_pages,
-        rows.own_pages if rows.readers is None else rows.readers, partial, stats, keys.stride(0),
-        rows.own_pages.stride(0), prefix_pages.stride(0), count * heads * splits, scale * _LOG2E, softcap or 0.0,
-        window or 0, prefixes, prefix_splits, own_splits, rows.prefix_split, rows.own_split, READERS=readers,
+        rows.own_pages if rows.readers is None else rows.readers, partial, stats, out, keys.stride(0),
+        rows.own_pages.stride(0), prefix_pages.stride(0), parts, scale * _LOG2E, softcap or 0.0, window or 0, prefixes,
+        prefix_splits, own_splits, rows.prefix_split, rows.own_split, READERS=readers,
         BM_PREFIX=power_of_two(readers * group, 16), BM_OWN=power_of_two(group, 16), PAGE=keys.shape[2],
-        BN_PREFIX=tile.prefix_tokens, BN_OWN=tile.own_tokens, num_warps=tile.warps, num_stages=tile.stages, **common,
-        **early,
+        BN_PREFIX=tile.prefix_tokens, BN_OWN=tile.own_tokens, GROUP=group, WINDOW=window is not None,
+        CAP=softcap is not None, WHOLE=whole, num_warps=tile.warps, num_stages=tile.stages, **common,
     )  # fmt: skip
-    lines = 4 if splits <= 8 else 1
-    _combine[(-(-count * heads // lines),)](
-        partial, stats, out, rows.own_length, rows.prefix_length, count * heads, prefix_splits, own_splits,
-        rows.prefix_split, rows.own_split, HEADS=heads, D=width, DP=power_of_two(width, 16), LINES=lines,
-        SPLITS=power_of_two(splits, 2), FIXED=rows.fixed, num_warps=4, **early,
-    )  # fmt: skip
+    if not whole:
+        lines = 4 if splits <= 8 else 1
+        _combine[(-(-count * heads // lines),)](
+            partial, stats, out, rows.own_length, rows.prefix_length, count * heads, prefix_splits, own_splits,
+            rows.prefix_split, rows.own_split, LINES=lines, SPLITS=power_of_two(splits, 2), FIXED=rows.fixed,
+            num_warps=4, **common,
+        )  # fmt: skip
     return out
 
 
@@ -257,7 +252,7 @@ def _prefix_split(
     Q, K, V, PAGES, READERS_OF, OWN_LENGTH, PREFIX_LENGTH, PARTIAL, STATS, segment, split, head, splits, page_stride,
     pages_stride, plane, scale_log2, softcap, window, SPLIT, READERS: tl.constexpr, BM: tl.constexpr,
     PAGE: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One split of one prefix for all its readers."""
     r = tl.arange(0, BM)
@@ -266,66 +261,72 @@ def _prefix_split(
     seen = tl.load(PREFIX_LENGTH + row, mask=ok, other=0)
     lo = split * SPLIT
     hi = tl.minimum(lo + SPLIT, tl.max(seen, 0))
+    follow(DEPENDENT)
     if lo < hi:
         first = seen
         if WINDOW:
             first = seen + tl.load(OWN_LENGTH + row, mask=ok, other=0) - window
         line = row * HEADS + head * GROUP + r % GROUP
         _attend_lines(
-            Q, K, V, PAGES + segment * pages_stride, PARTIAL, STATS, line, ok, lo, hi, first, splits, split, page_stride,
-            plane, scale_log2, softcap, WINDOW, CAP, D, DP, PAGE, BM, BN,
+            Q, K, V, PAGES + segment * pages_stride, PARTIAL, STATS, PARTIAL, line, ok, lo, hi, first, splits, split,
+            page_stride, plane, scale_log2, softcap, WINDOW, CAP, D, DP, PAGE, BM, BN, False,
         )  # fmt: skip
 
 
 @jit
 def _own_split(
-    Q, K, V, PAGES, OWN_LENGTH, PARTIAL, STATS, row, split, head, splits, prefix_splits, page_stride, pages_stride, plane,
-    scale_log2, softcap, window, SPLIT, BM: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr,
+    Q, K, V, PAGES, OWN_LENGTH, PARTIAL, STATS, OUT, row, split, head, splits, prefix_splits, page_stride, pages_stride,
+    plane, scale_log2, softcap, window, SPLIT, BM: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    WHOLE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One split of one row's own tokens."""
     r = tl.arange(0, BM)
     length = tl.load(OWN_LENGTH + row)
     lo = split * SPLIT
     hi = tl.minimum(lo + SPLIT, length)
+    follow(DEPENDENT)
     if lo < hi:
         first = r * 0 + (length - window)
         line = row * HEADS + head * GROUP + r
         _attend_lines(
-            Q, K, V, PAGES + row * pages_stride, PARTIAL, STATS, line, r < GROUP, lo, hi, first, splits,
-            prefix_splits + split, page_stride, plane, scale_log2, softcap, WINDOW, CAP, D, DP, PAGE, BM, BN,
+            Q, K, V, PAGES + row * pages_stride, PARTIAL, STATS, OUT, line, r < GROUP, lo, hi, first, splits,
+            prefix_splits + split, page_stride, plane, scale_log2, softcap, WINDOW, CAP, D, DP, PAGE, BM, BN, WHOLE,
         )  # fmt: skip
 
 
 @jit
 def _attend_lines(
-    Q, K, V, pages, PARTIAL, STATS, line, ok, lo, hi, first, splits, at_split, page_stride, plane, scale_log2, softcap,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
+    Q, K, V, pages, PARTIAL, STATS, OUT, line, ok, lo, hi, first, splits, at_split, page_stride, plane, scale_log2,
+    softcap, WINDOW: tl.constexpr, CAP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The query lines (BM,) over tokens lo..hi-1 of a list of pages, stored as one split's partial result."""
+    """The query lines (BM,) over tokens lo..hi-1 of a list of pages, stored as one split's partial result, or as the
+    result where these are WHOLE rows."""
     d = tl.arange(0, DP)
     shown = ok[:, None] & (d < D)[None, :]
     q = tl.load(Q + line[:, None] * D + d[None, :], mask=shown, other=0.0)
     acc, top, total = _attend_tile(
         q, K, V, pages, lo, hi, first, page_stride, scale_log2, softcap, WINDOW, CAP, D, DP, PAGE, BM, BN
     )
-    at = line * splits + at_split
-    tl.store(PARTIAL + at[:, None] * D + d[None, :], acc, mask=shown)
-    tl.store(STATS + at, top, mask=ok)
-    tl.store(STATS + plane + at, total, mask=ok)
+    if WHOLE:
+        tl.store(OUT + line[:, None] * D + d[None, :], (acc / total[:, None]).to(OUT.dtype.element_ty), mask=shown)
+    else:
+        at = line * splits + at_split
+        tl.store(PARTIAL + at[:, None] * D + d[None, :], acc, mask=shown)
+        tl.store(STATS + at, top, mask=ok)
+        tl.store(STATS + plane + at, total, mask=ok)
 
 
 @jit
 def _attend_splits(
-    Q, K, V, OWN_PAGES, OWN_LENGTH, PREFIX_LENGTH, PREFIX_PAGES, READERS_OF, PARTIAL, STATS, page_stride, own_stride,
-    prefix_stride, plane, scale_log2, softcap, window, prefixes, prefix_splits, own_splits, PREFIX_SPLIT, OWN_SPLIT,
-    READERS: tl.constexpr, BM_PREFIX: tl.constexpr, BM_OWN: tl.constexpr, PAGE: tl.constexpr,
+    Q, K, V, OWN_PAGES, OWN_LENGTH, PREFIX_LENGTH, PREFIX_PAGES, READERS_OF, PARTIAL, STATS, OUT, page_stride,
+    own_stride, prefix_stride, plane, scale_log2, softcap, window, prefixes, prefix_splits, own_splits, PREFIX_SPLIT,
+    OWN_SPLIT, READERS: tl.constexpr, BM_PREFIX: tl.constexpr, BM_OWN: tl.constexpr, PAGE: tl.constexpr,
     BN_PREFIX: tl.constexpr, BN_OWN: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, DEPENDENT: tl.constexpr,
+    DP: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, WHOLE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Programs of the prefixes' splits first, then of the rows' own; axis 1 is the key head."""
-    follow(DEPENDENT)
+    """Programs of the prefixes' splits first, then of the rows' own; axis 1 is the key head. WHOLE: one split is all."""
     pid = tl.program_id(0)
     head = tl.program_id(1)
     splits = prefix_splits + own_splits
@@ -334,14 +335,14 @@ def _attend_splits(
         _prefix_split(
             Q, K + offset, V + offset, PREFIX_PAGES, READERS_OF, OWN_LENGTH, PREFIX_LENGTH, PARTIAL, STATS,
             (pid // prefix_splits).to(tl.int64), pid % prefix_splits, head, splits, page_stride, prefix_stride, plane,
-            scale_log2, softcap, window, PREFIX_SPLIT, READERS, BM_PREFIX, PAGE, BN_PREFIX, HEADS, GROUP, D, DP, WINDOW, CAP,
+            scale_log2, softcap, window, PREFIX_SPLIT, READERS, BM_PREFIX, PAGE, BN_PREFIX, HEADS, GROUP, D, DP, WINDOW, CAP, DEPENDENT,
         )  # fmt: skip
     else:
         rest = pid - prefixes * prefix_splits
         _own_split(
-            Q, K + offset, V + offset, OWN_PAGES, OWN_LENGTH, PARTIAL, STATS, (rest // own_splits).to(tl.int64),
+            Q, K + offset, V + offset, OWN_PAGES, OWN_LENGTH, PARTIAL, STATS, OUT, (rest // own_splits).to(tl.int64),
             rest % own_splits, head, splits, prefix_splits, page_stride, own_stride, plane, scale_log2, softcap, window,
-            OWN_SPLIT, BM_OWN, PAGE, BN_OWN, HEADS, GROUP, D, DP, WINDOW, CAP,
+            OWN_SPLIT, BM_OWN, PAGE, BN_OWN, HEADS, GROUP, D, DP, WINDOW, CAP, WHOLE, DEPENDENT,
         )  # fmt: skip
 
 
@@ -352,7 +353,6 @@ def _combine(
     FIXED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """LINES of the `count` heads of all rows."""
-    follow(DEPENDENT)
     line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
     there = line < count
     row = line // HEADS
@@ -367,6 +367,7 @@ def _combine(
     )
     ok = ok & there[:, None]
     at = line[:, None] * splits + s
+    follow(DEPENDENT)
     top = tl.load(STATS + at, mask=ok, other=-float("inf"))
     peak = tl.max(top, 1)[:, None]
     sums = tl.load(STATS + plane + at, mask=ok, other=0.0)

@@ -1,9 +1,7 @@
-"""The small steps between the matrix products of a decoding step: residual + norm, rotary + cache write, gated MLP.
+"""The small steps between the matrix products of a decoding step: residual + norm, rotary + cache write, gated MLP. Those
+that read a product take its low-rank part along, see `low_rank`. Rounding points are those of `model.layer`.
 
-Each takes the low-rank part of the product before it along, so that an adapter costs no pass of its own: the product of
-[W; A] gives y and t = A x in one, and s B t is added where y is read anyway. Rounding points are those of `model.layer`.
-
-Shapes: B rows, H hidden, O outputs, R rank (padded to 16 or more), F intermediate, Hq / Hkv heads, D head width, J
+Shapes: B rows, H hidden, R rank (padded to 16 or more), F intermediate, Hq / Hkv heads, D head width, J
 rotated pairs.
 """
 
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from . import jit, power_of_two, tl, triton_ready
 from .dependent import dependent, follow
+from .low_rank import LowRank, load_up, low_rank_tile
 from .norm import rms_norm
 from .paged import PagedRows, write_places
 from .rope import rotate
@@ -25,32 +24,8 @@ NORMS = {"round_then_scale": 0, "scale_then_round": 1, "one_plus": 2}
 GATES = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
 
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """What an adapter adds to y (B, O): s * B t.
-
-    Attributes:
-        thin: (B, parts * R), t of each part side by side. up: (O, R), the B of the parts under each other; zeros where
-            a part has no adapter. edges: outputs before each part, O at the end.
-    """
-
-    thin: Tensor
-    up: Tensor
-    scale: float
-    edges: tuple[int, ...]
-
-    def add_to(self, y: Tensor) -> Tensor:
-        """y + s B t, with one rounding, as `model.lora` adds it."""
-        rank = self.up.shape[1]
-        for part in range(len(self.edges) - 1):
-            cut = slice(self.edges[part], self.edges[part + 1])
-            thin = self.thin[:, part * rank : (part + 1) * rank]
-            y[:, cut] = torch.addmm(y[:, cut], thin, self.up[cut].t(), alpha=self.scale)
-        return y
-
-
 def add_norm(
-    x: Tensor | None,
+    x: Tensor,
     residual: Tensor,
     after: Tensor | None,
     before: Tensor | None,
@@ -58,17 +33,15 @@ def add_norm(
     eps: float,
     kind: str,
 ) -> Tensor:
-    """residual += norm(x; after) in place, then norm(residual; before) (B, H). A weight of None leaves its norm out,
-    an x of None the addition."""
-    if x is not None and triton_ready(residual.device.type) and residual.dtype != torch.float64:
+    """residual += norm(x; after) in place, then norm(residual; before) (B, H). A weight of None leaves its norm out."""
+    if triton_ready(residual.device.type) and residual.dtype != torch.float64:
         return _add_norm_triton(x, residual, after, before, eps, kind)
     return add_norm_reference(x, residual, after, before, eps=eps, kind=kind)
 
 
 def add_norm_reference(x, residual, after, before, *, eps, kind):
     """`add_norm` in torch operations."""
-    if x is not None:
-        residual += x if after is None else rms_norm(x, after, eps, kind)
+    residual += x if after is None else rms_norm(x, after, eps, kind)
     return residual if before is None else rms_norm(residual, before, eps, kind)
 
 
@@ -84,8 +57,9 @@ def _add_norm_triton(x, residual, after, before, eps, kind):
 
 
 @jit
-def _scaled_norm(f, W, c, inside, hidden, eps, KIND: tl.constexpr, TYPE: tl.constexpr):
-    w = tl.load(W + c, mask=inside, other=0.0).to(tl.float32)
+def scaled_norm(f, w, hidden, eps, KIND: tl.constexpr, TYPE: tl.constexpr):
+    """RMSNorm of f (BLOCK,) fp32 with the weights w."""
+    w = w.to(tl.float32)
     n = f * tl.rsqrt(tl.sum(f * f, axis=0) / hidden + eps)
     if KIND == 0:
         n = n.to(TYPE).to(tl.float32) * w
@@ -101,19 +75,23 @@ def _add_norm(
     X, RESIDUAL, AFTER_W, BEFORE_W, OUT, hidden, eps, x_stride, AFTER: tl.constexpr, BEFORE: tl.constexpr,
     KIND: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    follow(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     inside = c < hidden
     kind: tl.constexpr = RESIDUAL.dtype.element_ty
+    if AFTER:
+        after = tl.load(AFTER_W + c, mask=inside, other=0.0)
+    if BEFORE:
+        before = tl.load(BEFORE_W + c, mask=inside, other=0.0)
+    follow(DEPENDENT)
     r = tl.load(RESIDUAL + row * hidden + c, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(X + row * x_stride + c, mask=inside, other=0.0).to(tl.float32)
     if AFTER:
-        x = _scaled_norm(x, AFTER_W, c, inside, hidden, eps, KIND, kind).to(tl.float32)
+        x = scaled_norm(x, after, hidden, eps, KIND, kind).to(tl.float32)
     r = (r + x).to(kind)
     tl.store(RESIDUAL + row * hidden + c, r, mask=inside)
     if BEFORE:
-        r = _scaled_norm(r.to(tl.float32), BEFORE_W, c, inside, hidden, eps, KIND, kind)
+        r = scaled_norm(r.to(tl.float32), before, hidden, eps, KIND, kind)
     tl.store(OUT + row * hidden + c, r, mask=inside)
 
 
@@ -194,15 +172,6 @@ def _rope_write_triton(y, angles, keys, values, rows, heads, low_rank, norms):
 
 
 @jit
-def _low_rank_tile(thin_row, up_row, ok, RANK: tl.constexpr):
-    """thin_row (BM, 1) and up_row (1, BN) pointers -> t B^T (BM, BN) in fp32."""
-    r = tl.arange(0, RANK)
-    thin = tl.load(thin_row + r[None, :], mask=ok[:, None], other=0.0)
-    up = tl.load(up_row + r[:, None])
-    return tl.dot(thin, up, input_precision="ieee")
-
-
-@jit
 def _norm_halves(a, b, weight, eps, HALF: tl.constexpr, NORM: tl.constexpr):
     """RMSNorm of heads from their halves (BM, HALF)."""
     kind: tl.constexpr = a.dtype
@@ -245,7 +214,6 @@ def _rope_write(
     HALF: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
     PAGE: tl.constexpr, BM: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    follow(DEPENDENT)
     D: tl.constexpr = 2 * HALF
     kind: tl.constexpr = OUT.dtype.element_ty
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -253,15 +221,20 @@ def _rope_write(
     ok = row < rows
     c = tl.arange(0, HALF)
     mask = ok[:, None] & (c < HALF)[None, :]
+    last = tl.maximum(tl.load(LENGTH + row, mask=ok, other=1) - 1, 0)
+    if PARTS > 0:
+        up = UP + (head * D + c) * RANK
+        up_a = load_up(up, RANK)
+        up_b = load_up(up + HALF * RANK, RANK)
+    follow(DEPENDENT)
     at = row[:, None] * y_stride + head * D + c[None, :]
     a = tl.load(Y + at, mask=mask, other=0.0)
     b = tl.load(Y + at + HALF, mask=mask, other=0.0)
     if PARTS > 0:
         part = tl.where(head < HEADS, 0, tl.where(head < HEADS + SHARED, 1, 2)) if PARTS == 3 else 0
         thin = THIN + row[:, None] * thin_stride + part * RANK
-        up = UP + (head * D + c[None, :]) * RANK
-        a = (a.to(tl.float32) + scale * _low_rank_tile(thin, up, ok, RANK)).to(kind)
-        b = (b.to(tl.float32) + scale * _low_rank_tile(thin, up + HALF * RANK, ok, RANK)).to(kind)
+        a = (a.to(tl.float32) + scale * low_rank_tile(thin, up_a, ok, RANK)).to(kind)
+        b = (b.to(tl.float32) + scale * low_rank_tile(thin, up_b, ok, RANK)).to(kind)
     if NORM >= 0 and head < HEADS + SHARED:
         weight = Q_NORM
         if head >= HEADS:
@@ -277,7 +250,6 @@ def _rope_write(
         tl.store(to, a, mask=mask)
         tl.store(to + HALF, b, mask=mask)
     else:
-        last = tl.maximum(tl.load(LENGTH + row, mask=ok, other=1) - 1, 0)
         page = tl.load(PAGES + row * pages_stride + last // PAGE, mask=ok, other=0).to(tl.int64)
         place = page[:, None] * page_stride + (last % PAGE)[:, None] * D + c[None, :]
         if head < HEADS + SHARED:
@@ -324,21 +296,24 @@ def _gated(
     Y, THIN, UP, OUT, rows, size, y_stride, thin_stride, scale, RANK: tl.constexpr, PARTS: tl.constexpr,
     GATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    follow(DEPENDENT)
     kind: tl.constexpr = OUT.dtype.element_ty
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     c = tl.program_id(1) * BN + tl.arange(0, BN)
     ok = row < rows
     mask = ok[:, None] & (c < size)[None, :]
+    if PARTS > 0:
+        line = tl.minimum(c, size - 1)
+        up_gate = load_up(UP + line * RANK, RANK)
+        up_up = load_up(UP + (size + line) * RANK, RANK)
+    follow(DEPENDENT)
     at = row[:, None] * y_stride + c[None, :]
     gate = tl.load(Y + at, mask=mask, other=0.0)
     up = tl.load(Y + at + size, mask=mask, other=0.0)
     if PARTS > 0:
-        line = tl.minimum(c, size - 1)[None, :]
         thin = THIN + row[:, None] * thin_stride
-        gate = (gate.to(tl.float32) + scale * _low_rank_tile(thin, UP + line * RANK, ok, RANK)).to(kind)
+        gate = (gate.to(tl.float32) + scale * low_rank_tile(thin, up_gate, ok, RANK)).to(kind)
         second = thin + (RANK if PARTS == 2 else 0)
-        up = (up.to(tl.float32) + scale * _low_rank_tile(second, UP + (size + line) * RANK, ok, RANK)).to(kind)
+        up = (up.to(tl.float32) + scale * low_rank_tile(second, up_up, ok, RANK)).to(kind)
     g = gate.to(tl.float32)
     if GATE == 0:
         g = g / (1.0 + tl.exp(-g))
@@ -350,33 +325,3 @@ def _gated(
     tl.store(
         OUT + row[:, None] * size + c[None, :], (g.to(kind).to(tl.float32) * up.to(tl.float32)).to(kind), mask=mask
     )
-
-
-def add_low_rank(y: Tensor, low_rank: LowRank) -> Tensor:
-    """y (B, O) += s B t in place, where no other kernel reads y next."""
-    if not triton_ready(y.device.type) or y.dtype == torch.float64 or len(low_rank.edges) != 2:
-        return low_rank.add_to(y)
-    count, outputs = y.shape
-    bm, bn, warps = (16, 32, 2) if count <= 64 else (64, 32, 8)
-    _add_low_rank[(-(-count // bm), -(-outputs // bn))](
-        y, low_rank.thin, low_rank.up, count, outputs, y.stride(0), low_rank.thin.stride(0), low_rank.scale,
-        RANK=low_rank.up.shape[1], BM=bm, BN=bn, num_warps=warps, **dependent(y.device.type),
-    )  # fmt: skip
-    return y
-
-
-@jit
-def _add_low_rank(
-    Y, THIN, UP, rows, outputs, y_stride, thin_stride, scale, RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    follow(DEPENDENT)
-    row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
-    c = tl.program_id(1) * BN + tl.arange(0, BN)
-    ok = row < rows
-    mask = ok[:, None] & (c < outputs)[None, :]
-    at = Y + row[:, None] * y_stride + c[None, :]
-    y = tl.load(at, mask=mask, other=0.0)
-    up = UP + tl.minimum(c, outputs - 1)[None, :] * RANK
-    y = y.to(tl.float32) + scale * _low_rank_tile(THIN + row[:, None] * thin_stride, up, ok, RANK)
-    tl.store(at, y.to(Y.dtype.element_ty), mask=mask)

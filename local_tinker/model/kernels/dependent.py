@@ -5,9 +5,10 @@ next a card takes about one more. From compute capability 9.0 on a kernel may be
 one before it has said so or ended, and waits in its place until that one has ended and what it wrote can be read (CUDA C++
 Programming Guide, "Programmatic Dependent Launch and Synchronization").
 
-Every program here waits before it reads or writes what a kernel before it may have to do with, and before it lets the
-next kernel be sent out. So a kernel that has ended means that all before it have, and no more than two are ever under
-way. Letting the next one go sooner was slower: kernels pile up, and those that want all multiprocessors find them taken.
+Every program here waits before it lets the next kernel be sent out. So a kernel that has ended means that all before it
+have, and no more than two are ever under way. Letting the next one go sooner was slower: kernels pile up, and those that
+want all multiprocessors find them taken. Nothing is written before the wait, and nothing is read that the kernel before
+may write: weights, an adapter, rows' lengths and lists of pages, which is what their first memory access would wait for.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def dependent(device_type: str) -> dict[str, Any]:
 
 @jit
 def follow(DEPENDENT: tl.constexpr):
-    """Wait for the kernel before, then let the next one be sent out."""
+    """Wait for the kernel before, then let the next one be sent out. What stands above the call may read what no kernel of
+    a step writes but the last."""
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()

@@ -6,10 +6,14 @@ import torch
 
 from local_tinker.model.kernels import triton_ready
 from local_tinker.model.kernels.decode_attention import decode_attention, decode_attention_reference
+from local_tinker.model.kernels.decode_begin import (
+    embed_norm,
+    embed_norm_reference,
+    turn_angles,
+    turn_angles_reference,
+)
 from local_tinker.model.kernels.decode_step import (
     HeadNorms,
-    LowRank,
-    add_low_rank,
     add_norm,
     add_norm_reference,
     gated_product,
@@ -18,6 +22,7 @@ from local_tinker.model.kernels.decode_step import (
     rope_write_reference,
 )
 from local_tinker.model.kernels.draw import Noise, Output, RowState, advance, draw, draw_reference
+from local_tinker.model.kernels.low_rank import LowRank, add_low_rank, join_slices, join_slices_reference
 from local_tinker.model.kernels.paged import PagedRows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,14 +96,47 @@ def test_attention_over_pages_equals_its_reference(dtype, heads, shared, width, 
 
 
 @pytest.mark.parametrize(
-    ("longest", "own_split"), [(100, 128), (700, 64)]
-)  # one split, and more than a program takes several heads of
+    ("longest", "own_split"), [(100, 256), (100, 128), (700, 64)]
+)  # one split, two, and more than a program takes several heads of
 def test_attention_without_any_shared_prompt_equals_its_reference(longest, own_split):
     pages, rows = paged([3, longest], [-1, -1], [], 1, own_split=own_split)
     keys, values = (normal(pages, 2, PAGE, 16, seed=s) for s in (1, 2))
     q = normal(2, 4, 16, seed=3)
     expected = decode_attention_reference(q, keys, values, rows, scale=0.3)
     torch.testing.assert_close(decode_attention(q, keys, values, rows, scale=0.3), expected, **CLOSE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("factor", "weighted", "kind"),
+    [
+        (None, True, "round_then_scale"),
+        (10.5, True, "one_plus"),
+        (10.5, True, "scale_then_round"),
+        (0.0, False, "one_plus"),
+    ],
+)
+def test_embedding_and_norm_equal_their_reference(dtype, factor, weighted, kind):
+    tokens = torch.tensor([3, 0, 49, 3], device=DEVICE)
+    embedding = normal(50, 100, seed=1, dtype=dtype)
+    given = dict(eps=1e-5, kind=kind)
+    weight = normal(100, seed=2, dtype=dtype) if weighted else None
+    expected = embed_norm_reference(tokens, embedding, factor, weight, **given)
+    for mine, theirs in zip(embed_norm(tokens, embedding, factor, weight, **given), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_angles_equal_their_reference_up_to_the_longest_contexts(dtype):
+    positions = torch.tensor([0, 1, 5, 4095, 131071, 1048575], device=DEVICE)
+    inv_freq = 5e5 ** (-torch.arange(0, 80, 2, device=DEVICE).float() / 80)
+    for mine, theirs in zip(
+        turn_angles(positions, inv_freq, 1.25, dtype),
+        turn_angles_reference(positions, inv_freq, 1.25, dtype),
+        strict=True,
+    ):
+        # one unit in the last place of numbers above 1: both are rounded from the same fp32 product
+        torch.testing.assert_close(mine, theirs, atol=2**-23 if dtype == torch.float32 else 2**-7, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -166,6 +204,15 @@ def test_an_adapter_added_in_place_equals_its_reference(dtype):
     adapter = low_rank(70, (0, 200), dtype=dtype)
     expected = adapter.add_to(y.clone()[:, :200])
     torch.testing.assert_close(add_low_rank(y[:, :200], adapter), expected, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("slices", "rows", "adapted"), [(2, 3, True), (4, 70, True), (2, 70, False)])
+def test_slices_of_a_product_are_joined_as_in_their_reference(dtype, slices, rows, adapted):
+    parts = normal(slices, rows, 230, seed=1)
+    up = normal(200, 16, seed=2, dtype=dtype) if adapted else None
+    expected = join_slices_reference(parts, 200, up, 0.5, dtype)
+    torch.testing.assert_close(join_slices(parts, 200, up, 0.5, dtype), expected, **CLOSE[dtype])
 
 
 def noise(count, *, temperature=1.0):

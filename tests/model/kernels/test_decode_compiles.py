@@ -7,7 +7,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from local_tinker.model.kernels import decode_attention, decode_step, dependent, draw  # noqa: E402
+from local_tinker.model.kernels import decode_attention, decode_begin, decode_step, dependent, draw, low_rank  # noqa: E402
 from tests.model.kernels import decode_checks  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -60,7 +60,7 @@ class Compiled:
 def test_every_decoding_kernel_compiles(capability, monkeypatch):
     stand_ins = []
     monkeypatch.setattr(dependent, "launches_early", lambda device: capability >= 90)
-    for module in (decode_attention, decode_step, draw):
+    for module in (decode_attention, decode_begin, decode_step, draw, low_rank):
         monkeypatch.setattr(module, "triton_ready", lambda device: True)
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.runtime.JITFunction) and name in LAUNCHED:
@@ -74,6 +74,8 @@ def test_every_decoding_kernel_compiles(capability, monkeypatch):
 LAUNCHED = {
     "_attend_splits",
     "_combine",
+    "_embed_norm",
+    "_turn_angles",
     "_add_norm",
     "_rope_write",
     "_gated",
@@ -93,30 +95,37 @@ def launch_all():
     decode_attention.decode_attention(q, keys, values, rows, scale=0.1)
     _, fixed = decode_checks.paged([70, 3], [0, 0], [100], 8, fixed=True)
     decode_attention.decode_attention(q, keys, values, fixed, scale=0.1, window=50, softcap=30.0)
+    _, alone = decode_checks.paged([70, 3], [-1, -1], [], 1, own_split=256)
+    decode_attention.decode_attention(q, keys, values, alone, scale=0.1)
     x, residual, weight = (
         torch.zeros(2, 3100, dtype=bf16),
         torch.zeros(2, 3072, dtype=bf16),
         torch.ones(3072, dtype=bf16),
     )
+    tokens, embedding = torch.zeros(2, dtype=torch.int64), torch.zeros(50, 3072, dtype=bf16)
+    for factor, kind in ((None, "round_then_scale"), (55.5, "one_plus")):
+        decode_begin.embed_norm(tokens, embedding, factor, weight, eps=1e-5, kind=kind)
+    decode_begin.turn_angles(tokens, torch.ones(64), 1.0, bf16)
     for kind in decode_step.NORMS:
         decode_step.add_norm(x[:, :3072], residual, weight, weight, eps=1e-5, kind=kind)
     outputs = 40 * 128
     y = torch.zeros(2, outputs + 96, dtype=bf16)
-    adapter = decode_step.LowRank(y[:, outputs:], torch.zeros(outputs, 32, dtype=bf16), 1.0, (0, 3072, 4096, outputs))
+    adapter = low_rank.LowRank(y[:, outputs:], torch.zeros(outputs, 32, dtype=bf16), 1.0, (0, 3072, 4096, outputs))
     norms = decode_step.HeadNorms(torch.ones(128, dtype=bf16), torch.ones(128, dtype=bf16), 1e-6, "one_plus")
     angle = torch.ones(2, 64, dtype=bf16)
-    for low_rank, norm, turn in (
+    for taken, norm, turn in (
         (adapter, None, (angle, angle)),
         (None, norms, (angle.float(), angle.float())),
         (None, None, None),
     ):
-        decode_step.rope_write(y, turn, keys, values, rows, heads=24, low_rank=low_rank, norms=norm)
+        decode_step.rope_write(y, turn, keys, values, rows, heads=24, low_rank=taken, norms=norm)
     wide = torch.zeros(2, 2 * 8192 + 64, dtype=bf16)
-    both = decode_step.LowRank(wide[:, 16384:], torch.zeros(16384, 32, dtype=bf16), 1.0, (0, 8192, 16384))
+    both = low_rank.LowRank(wide[:, 16384:], torch.zeros(16384, 32, dtype=bf16), 1.0, (0, 8192, 16384))
     for activation in decode_step.GATES:
         decode_step.gated_product(wide, 8192, activation, low_rank=both if activation == "silu" else None)
-    one = decode_step.LowRank(y[:, :32], torch.zeros(3072, 32, dtype=bf16), 1.0, (0, 3072))
-    decode_step.add_low_rank(x[:, :3072], one)
+    one = low_rank.LowRank(y[:, :32], torch.zeros(3072, 32, dtype=bf16), 1.0, (0, 3072))
+    low_rank.add_low_rank(x[:, :3072], one)
+    low_rank.join_slices(torch.zeros(2, 2, 3104), 3072, one.up, 1.0, bf16)
     logits = torch.zeros(2, 128256)
     noise = draw.Noise(torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32), torch.ones(2))
     for kept in (None, logits):
