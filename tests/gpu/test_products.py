@@ -51,7 +51,7 @@ def test_products_in_eight_bits_equal_the_definition(inputs, tolerance, biased):
 )
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_projection_by_slices_of_its_inputs_rounds_as_one_product_does(count, inputs, outputs, adapted, dtype):
-    linear = FrozenLinear(draw(outputs, inputs, scale=0.05, dtype=dtype), None, dtype=dtype, path="p")
+    linear = FrozenLinear(draw(outputs, inputs, scale=0.05, dtype=dtype), None, quantize=None, dtype=dtype, path="p")
     stacked, x = Stacked(ProjectionGroup(("p",), (linear,))), draw(count, inputs, seed=1, dtype=dtype)
     a, b = draw(20, inputs, seed=2, scale=0.05, dtype=dtype), draw(outputs, 20, seed=3, dtype=dtype)
     stacked.prepare(20 if adapted else 0)
