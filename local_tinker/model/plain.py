@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import MissingDependencyError, ModelError
 from .agree import Seen, largest_gap, max_of, relative_gap, watch
 from .attention import ATTENTION_NAME, Attend, VarlenCausal, register
+from .kernels import compile_first
 from .layer_parts import Pairs
 from .linear import FrozenLinear, bitsandbytes
 from .lora import LoraDropout, gradient_leaf
@@ -294,6 +295,7 @@ def probe(fast: FastRoad, plain: PlainRoad, tokens: Tensor, *, tolerance: float)
     positions = torch.cat([torch.arange(j - i, device=tokens.device) for i, j in pairwise(edges)])
     call = dict(positions=positions, attend=VarlenCausal(edges, tokens.device))
     theirs = plain.watched(tokens, **call)
+    compile_first(lambda: fast.watched(tokens, theirs, **call), tokens.device)
     gap = largest_gap(fast.watched(tokens, theirs, **call), theirs)
     whole = relative_gap(fast.hidden(tokens, **call, pairs={}, scale=1.0), theirs.final)
     largest = max_of(gap, whole / 10)

@@ -6,6 +6,7 @@ Shapes: N packed tokens, B decoding rows, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..model.attention import VarlenCausal
 from ..model.decode import DecodeRoad
+from ..model.kernels import compile_first
 from ..model.kernels.draw import RowState
 from ..model.kernels.paged import PagedRows
 from ..model.linear import project
@@ -57,6 +59,7 @@ class Forward:
         self._head_pair: Any = None
         self._bound = False
         self._head_version = 0
+        self._compiled: set[str] = set()
 
     @property
     def version(self) -> tuple[int, int]:
@@ -94,13 +97,18 @@ class Forward:
         tokens = [token for piece in pieces for token in piece.owner.context[piece.start : piece.stop]]
         positions = [np.arange(p.start, p.stop) + p.owner.offset for p in pieces]
         tokens, positions = upload(np.stack([np.array(tokens), np.concatenate(positions)]), cache.device)
-        return self._road.hidden(
-            tokens,
-            positions=positions,
-            attend=PromptAttend(cache, pieces),
-            pairs=self._body,
-            scale=self._scale,
+        attend = PromptAttend(cache, pieces)
+        run = partial(
+            self._road.hidden, tokens, positions=positions, attend=attend, pairs=self._body, scale=self._scale
         )
+        self.compile_once("contexts", run, cache.device)
+        return run()
+
+    def compile_once(self, what: str, run: Callable[[], Any], device: torch.device) -> None:
+        """Compile the kernels that `run` launches, the first time it is told of this."""
+        if what not in self._compiled:
+            self._compiled.add(what)
+            compile_first(run, device)
 
     def texts(self, texts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
         """Hidden states (N, H) of whole texts, without a cache: right for any model, slow for long ones."""

@@ -125,7 +125,13 @@ class Run:
         logits = logits[which]
         state = entering_state(rows, self._device)
         out = new_output(1, len(rows), self._device, logits.dtype)
-        advance(state, *pick(logits, state, filtered=any(row.params.filtered for row in rows)), out)
+        filtered = any(row.params.filtered for row in rows)
+
+        def draw() -> None:
+            advance(state, *pick(logits, state, filtered=filtered), out)
+
+        self._forward.compile_once("draws", draw, self._device)
+        draw()
         return state, out
 
     # -- decoding ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..model.kernels import compile_first
 from ..model.kernels.draw import RowState, advance, draw
 from ..model.kernels.paged import PagedRows
 from ..out_of_memory import give_back, is_out_of_memory
@@ -144,7 +145,7 @@ class Workspace:
         return self._capture(kind)
 
     def _capture(self, kind: StepKind) -> Any:
-        """Run the step once to load its kernels, then record it. The rows stand still meanwhile: they write this step's
+        """Run the step once to load what it uses, then record it. The rows stand still meanwhile: they write this step's
         keys where they will be written again."""
         state = self.rows.first(kind.shape.rows)
         alive, current = state.alive.clone(), torch.cuda.current_stream(self.device)
@@ -155,6 +156,7 @@ class Workspace:
         stream.wait_stream(current)
         try:
             with torch.cuda.stream(stream):
+                compile_first(lambda: self._step(kind), self.device)
                 self._step(kind)
                 record(graph, lambda: self._step(kind), pool=self._pool)
         finally:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +23,54 @@ except ImportError:  # no package for this platform, or not installed: definitio
     triton = tl = None
 
 
+if triton is not None:
+
+    class Jit(triton.JITFunction):
+        """A Triton function whose launches only compile it while `compile_first` gathers them."""
+
+        def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            gathered = _gathered.get()
+            if gathered is None:
+                return super().run(*args, grid=grid, warmup=warmup, **options)
+            gathered.append(super().run(*args, grid=grid, warmup=True, **options))
+            return None
+
+
+_gathered: ContextVar[list[Any] | None] = ContextVar("gathered", default=None)
+
+
 def jit(function: Callable) -> Callable:
     """triton.jit; without Triton the source stays as it is, and `triton_ready` keeps it from being called."""
-    return function if triton is None else triton.jit(function)
+    if triton is None:
+        return function
+    made = triton.jit(function)
+    return Jit(function) if type(made) is triton.JITFunction else made  # the interpreter compiles nothing
+
+
+def compile_first(step: Callable[[], Any], device: torch.device) -> None:
+    """Run `step` without its Triton kernels, which are compiled meanwhile, side by side; on cards only.
+
+    Compiled at its first launch, a kernel takes half a second, most of it in a C compiler and an assembler, and a decoding
+    step has a dozen of them. What `step` computes without them is worth nothing, so it must change nothing that lasts.
+    """
+    if device.type != "cuda" or not triton_ready("cuda") or not hasattr(triton, "AsyncCompileMode"):
+        return
+    gathered: list[Any] = []
+
+    def load(kernel: Any) -> None:
+        torch.cuda.set_device(device)  # a thread begins without
+        _ = kernel.run  # builds and loads what launches it
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        before = _gathered.set(gathered)
+        try:
+            with triton.AsyncCompileMode(pool):
+                step()
+        finally:
+            _gathered.reset(before)
+        made = {id(kernel): kernel for kernel in (getattr(k, "result", lambda k=k: k)() for k in gathered)}
+        for loaded in [pool.submit(load, kernel) for kernel in made.values()]:
+            loaded.result()
 
 
 def power_of_two(n: int, least: int = 1) -> int:

@@ -30,8 +30,9 @@ def _kind(value: Any) -> Any:
 
 
 if triton is not None:
+    from . import Jit
 
-    class Kernel(triton.JITFunction):
+    class Kernel(Jit):
         """A kernel whose run-time arguments come first and by position, its constants and options by name."""
 
         def __init__(self, function: Callable, **options: Any) -> None:
