@@ -279,7 +279,7 @@ class SamplerEngine:
         if not scheduler.unfinished:
             return
         whole = False
-        running = Running(self, scheduler, groups, adapter, fixed=deterministic, say=say)
+        running = Running(self, scheduler, groups, adapter, fixed=deterministic, stream=stream, say=say)
         try:
             while scheduler.unfinished:
                 drawn = running.next()

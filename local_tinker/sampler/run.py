@@ -44,10 +44,17 @@ class Run:
     """
 
     def __init__(
-        self, forward: Forward, work: Workspace, scheduler: Scheduler, groups: Sequence[Group], *, fixed: bool
+        self,
+        forward: Forward,
+        work: Workspace,
+        scheduler: Scheduler,
+        groups: Sequence[Group],
+        *,
+        fixed: bool,
+        stream: bool,
     ) -> None:
         self._forward, self._work, self._scheduler = forward, work, scheduler
-        self._fixed = fixed
+        self._fixed, self._stream = fixed, stream
         self._device = work.device
         self._on_card = work.device.type == "cuda"
         self._steps = STEPS[work.device.type]
@@ -70,13 +77,16 @@ class Run:
 
     @torch.no_grad()
     def round(self) -> None:
-        """Compute the next contexts, let rows in, start a block of decoding steps."""
+        """Compute the next contexts, let rows in, start a block of decoding steps once no context is left to compute: a
+        step reads all weights, for few rows as for many. Only a stream does not wait for those behind it."""
         if not self._forward.packed:
             return self._round_of_texts()
         self._compute(self._scheduler.plan())
         entering = self._scheduler.entering()
         if entering:
             self._enter(entering)
+        if self._scheduler.computing and not self._stream:
+            return
         rows = [row for row in self._scheduler.decoding if not row.exhausted]
         if rows:
             self._decode(min(self._steps, max(row.remaining for row in rows)))

@@ -48,10 +48,11 @@ class Running:
         adapter: tuple[Mapping, float],
         *,
         fixed: bool,
+        stream: bool,
         say: Callable[[str], None],
     ) -> None:
         self._engine, self._scheduler, self._groups = engine, scheduler, groups
-        self._adapter, self._fixed, self._say = adapter, fixed, say
+        self._adapter, self._fixed, self._stream, self._say = adapter, fixed, stream, say
         self._work: Workspace | None = None
         self._run: Run | None = None
         self._round: Iterator[Any] | None = None
@@ -65,7 +66,8 @@ class Running:
         try:
             if self._run is None:
                 self._work = self._engine.take(self._scheduler.pool.pages)
-                self._run = Run(self._engine.forward, self._work, self._scheduler, self._groups, fixed=self._fixed)
+                kind = dict(fixed=self._fixed, stream=self._stream)
+                self._run = Run(self._engine.forward, self._work, self._scheduler, self._groups, **kind)
                 self._engine.forward.bind(*self._adapter, anew=True)
             if self._round is None:
                 self._engine.forward.bind(*self._adapter)  # another run may have had its turn

@@ -98,6 +98,11 @@ class Scheduler:
         return bool(self._queue)
 
     @property
+    def computing(self) -> bool:
+        """Whether contexts of admitted rows are left to compute."""
+        return bool(self._pending)
+
+    @property
     def rows(self) -> list[Sequence]:
         """Admitted rows, oldest first."""
         return list(self._running)

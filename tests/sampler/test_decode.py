@@ -183,6 +183,27 @@ def test_a_long_run_crosses_pages():
         assert finished.logprobs == pytest.approx(truth, abs=1e-5)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_rows_decode_once_all_contexts_are_computed_or_at_once_where_text_is_awaited(stream):
+    asked = [Request(prompt(40, i), SamplingParams(max_tokens=5), seed=i) for i in range(4)]
+    sampler = engine(ToyRoad(), prefill_chunk=40)  # a prompt a forward
+    step, sizes = sampler.forward.step, []
+
+    def counted(state, *rest):
+        sizes.append(state.token.shape[0])
+        return step(state, *rest)
+
+    sampler.forward.step = counted
+    done = [
+        event
+        for event in sampler.run(asked, **PLAIN, tokenizer=byte_tokenizer(), stream=stream)
+        if isinstance(event, Finished)
+    ]
+    assert [len(finished.tokens) for finished in done] == [5] * 4
+    # the first token of a row comes with its context
+    assert sizes == ([1, 2, 3, 4, 3, 2, 1] if stream else [4] * 4)
+
+
 def test_one_token_needs_no_decode_step():
     road = ToyRoad()
     ((finished,),) = engine(road, token_budget=PAGE).collect(
