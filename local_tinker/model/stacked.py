@@ -25,12 +25,13 @@ def slices_for(rows: int, inputs: int, outputs: int) -> int:
     """In how many slices of the inputs a product of so many rows is faster, 0 for none.
 
     Few outputs are too few tiles for a card. cuBLAS then splits the inputs as well, less often than is faster, and adds the
-    parts up in a kernel of its own; here the one that adds the adapter's part does. Measured on an H100, see
-    `products_by_slices` in benchmarks/results/sample_h100.json.
+    parts up in a kernel of its own; here the one that adds the adapter's part does. Many rows of very few outputs would
+    need more slices than are worth adding up. Measured on an H100, see `products_by_slices` in
+    benchmarks/results/sample_h100.json.
     """
-    if inputs % 32 or (rows > SLICED_ROWS and inputs < 2 * outputs):
+    if inputs % 16 or (rows > SLICED_ROWS and inputs < 2 * outputs) or (rows > 192 and outputs <= 2048):
         return 0
-    return 4 if rows > 192 and outputs <= 2048 else 2
+    return 2
 
 
 class Stacked:

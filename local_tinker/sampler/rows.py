@@ -138,8 +138,10 @@ def table_shape(
     Args:
         head_bytes: of one head's key. processors: multiprocessors of the card.
     """
-    # Programs that keep the memory busy: one a processor where heads are 128 wide, in bf16; narrower ones ask for less each.
-    busy = processors * max(1, 256 // head_bytes)
+    # Programs that keep the memory busy: one a processor where heads are 128 wide, in bf16; narrower ones ask for less
+    # each. Those of a shared prompt also leave partial results for every reader, smaller ones where heads are narrow.
+    narrow = max(1, 256 // head_bytes)
+    busy = processors * narrow
     return TableShape(
         rows=rows,
         own_pages=max(1, pages_for(own_tokens)),
@@ -149,7 +151,7 @@ def table_shape(
         own_split=FIXED_SPLIT
         if fixed
         else _own_split(rows * kv_heads, own_tokens, processors, busy, beside=prefixes > 0),
-        prefix_split=FIXED_SPLIT if fixed else _split(prefixes * kv_heads, prefix_tokens, 128, processors),
+        prefix_split=FIXED_SPLIT if fixed else _split(prefixes * kv_heads, prefix_tokens, 128, busy * narrow),
         fixed=fixed,
     )
 

@@ -88,8 +88,8 @@ def test_a_product_by_slices_of_the_inputs_is_the_product(slices, rank, monkeypa
 def test_products_with_few_rows_or_few_outputs_go_by_slices():
     assert slices_for(1, 3072, 3072) == slices_for(16, 3072, 3072) == 2
     assert slices_for(17, 3072, 3072) == 0
-    assert slices_for(256, 8192, 3072) == 2 and slices_for(256, 8192, 2048) == 4
-    assert slices_for(192, 8192, 2048) == 2
+    assert slices_for(256, 8192, 3072) == slices_for(192, 8192, 2048) == 2
+    assert slices_for(256, 8192, 2048) == 0
     assert slices_for(1, 3080, 3072) == 0  # its parts would not begin where cuBLAS reads 16 bytes at once
 
 

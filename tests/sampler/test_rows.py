@@ -49,6 +49,7 @@ def test_beside_shared_prompts_there_are_as_many_programs_as_keep_the_memory_bus
     assert splits(64, 8, 8) == (512, 256)
     assert splits(8, 1, 8) == (256, 128)
     assert splits(16, 2, 8, head_bytes=128) == (256, 128)  # narrow heads ask for twice as many of a row's own
+    assert splits(256, 32, 8, head_bytes=128) == (512, 256) and splits(256, 32, 8) == (512, 512)
 
 
 def test_rows_alone_are_read_by_one_program_a_head_where_there_are_enough_of_them():
