@@ -26,7 +26,12 @@ def sample(
     n: Annotated[int, typer.Option("--n", "-n", help="Completions.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Share of the likeliest tokens kept; 1 keeps all.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Only so many of the likeliest tokens are kept.")] = None,
+    min_p: Annotated[float, typer.Option(help="Keeps tokens of this share of the likeliest one's probability.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 512,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Text to stop at besides the model's own end; repeatable.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message before the question.")] = None,
     raw: Annotated[
@@ -47,7 +52,15 @@ def sample(
         if raw
         else [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
     )
-    settings = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    settings = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "stop": stop or None,
+    }
     sampler = open_sampler(model, settings, root=root, quantize=quantize)
     if n == 1 and not json:
         return _show(sampler.stream(asked, **settings))

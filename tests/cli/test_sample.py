@@ -102,6 +102,29 @@ def test_raw_continues_text_and_a_seed_repeats_it(tiny_model, capsys):
     assert once("--raw", "--seed", "1").out != once("--seed", "1").out
 
 
+def test_filters_and_stop_texts_reach_the_sampler(trained, tiny_model, capsys):
+    def drawn(*more):
+        argv = [
+            "sample",
+            str(tiny_model),
+            "the quick",
+            "--raw",
+            "--max-tokens",
+            "6",
+            "--quantize",
+            "none",
+            "--seed",
+            "3",
+        ]
+        assert app.main([*argv, *more]) == 0
+        return capsys.readouterr().out
+
+    hot = ("--temperature", "50")
+    assert drawn(*hot, "--top-k", "1") == drawn(*hot, "--min-p", "1") == drawn("--temperature", "0") != drawn(*hot)
+    assert ask(trained[1].path, "dog?", "--stop", "never", "--stop", " fox") == 0
+    assert capsys.readouterr().out == "the\n"
+
+
 def test_a_system_message_is_put_before_the_question(tiny_model, capsys, service):
     assert ask(tiny_model, "dog?", "--system", "Bark.") == 0
     sampler = service.create_sampling_client(tiny_model, quantize=None)
@@ -118,6 +141,9 @@ def test_a_system_message_is_put_before_the_question(tiny_model, capsys, service
         (["MODEL", "hi", "--raw", "--system", "x"], 2, "--system belongs to a chat"),
         (["MODEL", "hi", "--quantize", "3bit"], 2, "--quantize must be one of"),
         (["MODEL", "hi", "--top-p", "0"], 2, "top_p must be in (0, 1]"),
+        (["MODEL", "hi", "--top-k", "-2"], 2, "top_k must be"),
+        (["MODEL", "hi", "--min-p", "2"], 2, "min_p must be"),
+        (["MODEL", "hi", "--stop", ""], 2, "stop"),
         (["MODEL", "hi", "--max-tokns", "3"], 2, "did you mean --max-tokens?"),
     ],
 )
