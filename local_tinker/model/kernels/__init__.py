@@ -56,9 +56,10 @@ def compile_first(step: Callable[[], Any], device: torch.device) -> None:
     if device.type != "cuda" or not triton_ready("cuda") or not hasattr(triton, "AsyncCompileMode"):
         return
     gathered: list[Any] = []
+    current = torch.cuda.current_device()
 
     def load(kernel: Any) -> None:
-        torch.cuda.set_device(device)  # a thread begins without
+        torch.cuda.set_device(current)  # a thread begins without
         _ = kernel.run  # builds and loads what launches it
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
