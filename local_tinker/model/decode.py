@@ -118,7 +118,7 @@ class DecodeRoad:
             normed = self._add_norm(x, h, weights.after_attention, weights.before_mlp)
             y, low = layer.gate_up.product(normed)
             size = layer.gate_up.outputs // 2
-            x = layer.down.whole(gated_product(y, size, spec.activation, low_rank=low))
+            x = layer.down.adapted(gated_product(y, size, spec.activation, low_rank=low))
             normed = self._add_norm(x, h, weights.after_mlp, following[index])
         return normed
 
@@ -155,7 +155,7 @@ class DecodeRoad:
             window=spec.windows[index],
             softcap=spec.attention_softcap,
         )
-        return layer.out.whole(out)
+        return layer.out.adapted(out)
 
     def _norm_whole(self, y: Tensor, weights: LayerWeights) -> Tensor:
         heads = weights.heads

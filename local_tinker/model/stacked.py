@@ -150,20 +150,27 @@ class Stacked:
             return y, self._low_rank(project(x, self._a) if more else None)
         return y, self._low_rank(y[:, outputs : outputs + more] if more else None)
 
-    def whole(self, x: Tensor) -> Tensor:
+    def adapted(self, x: Tensor) -> Tensor:
         """x (B, I) -> W x + b + s B A x (B, O), of one projection whose adapter no later step takes along."""
         if slices := self._slices(x):
-            below = self._below_for(x) if self._adapted else 0
-            products = _product_by_slices(x, self.group.with_below(below), slices)
-            return join_slices(products, self.outputs, self._b if self._adapted else None, self._scale, x.dtype)
+            products = _product_by_slices(x, self.group.with_below(self._below_for(x)), slices)
+            return join_slices(products, self.outputs, self._b, self._scale, x.dtype)
         y, low = self.product(x)
         y = y[:, : self.outputs]
         return y if low is None else add_low_rank(y, low)
 
     def _slices(self, x: Tensor) -> int:
-        """In how many slices of the inputs x is multiplied, 0 for all at once."""
+        """In how many slices of the inputs x is multiplied, 0 for all at once: without an adapter, whose kernel adds the
+        slices up, there is nothing to be had."""
         group = self.group
-        if not (x.is_cuda and x.dtype in KERNEL_DTYPES and self.held and group.single and group.bias is None):
+        if not (
+            self._adapted
+            and x.is_cuda
+            and x.dtype in KERNEL_DTYPES
+            and self.held
+            and group.single
+            and group.bias is None
+        ):
             return 0
         if group.packed is not None and group.packed.multiplies(x):
             return 0
@@ -181,6 +188,6 @@ class Stacked:
 def _product_by_slices(x: Tensor, weight: Tensor, slices: int) -> Tensor:
     """x (B, I), weight (O, I) -> (S, B, O) fp32: the products of each slice of the inputs."""
     apart = x.view(x.shape[0], slices, -1).transpose(0, 1), weight.view(weight.shape[0], slices, -1).permute(1, 2, 0)
-    if not x.is_cuda:  # a result of another type is for cards alone
+    if not x.is_cuda:  # for the tests: a result of another type is for cards alone, and so are slices
         return torch.bmm(*(side.float() for side in apart))
     return torch.bmm(*apart, out_dtype=torch.float32)

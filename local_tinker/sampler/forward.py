@@ -5,7 +5,7 @@ Shapes: N packed tokens, B decoding rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol
@@ -59,7 +59,7 @@ class Forward:
         self._head_pair: Any = None
         self._bound = False
         self._head_version = 0
-        self._compiled: set[str] = set()
+        self._compiled: set[Hashable] = set()
 
     @property
     def version(self) -> tuple[int, int]:
@@ -104,11 +104,11 @@ class Forward:
         self.compile_once("contexts", run, cache.device)
         return run()
 
-    def compile_once(self, what: str, run: Callable[[], Any], device: torch.device) -> None:
-        """Compile the kernels that `run` launches, the first time it is told of this."""
+    def compile_once(self, what: Hashable, run: Callable[[], Any], device: torch.device) -> None:
+        """Compile the kernels that `run` launches, the first time it is told of this; see `compile_first`."""
         if what not in self._compiled:
-            self._compiled.add(what)
             compile_first(run, device)
+            self._compiled.add(what)
 
     def texts(self, texts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
         """Hidden states (N, H) of whole texts, without a cache: right for any model, slow for long ones."""

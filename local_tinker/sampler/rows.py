@@ -163,7 +163,7 @@ def _own_split(segments: int, tokens: int, processors: int, busy: int, *, beside
     other's tails, so there are more of them; but where there are enough with one for each row, nothing is left to be put
     together, which is worth more. Measured on an H100, see `attention_splits` in benchmarks/results/sample_h100.json.
     """
-    if not beside and 1.4 * busy <= segments:
+    if not beside and tokens <= MOST_SPLIT and 1.4 * busy <= segments:
         return MOST_SPLIT
     return _split(segments, tokens, 64, busy if beside else 8 * processors)
 

@@ -133,16 +133,15 @@ class Run:
             logits = self._forward.logits(stacked)
         which = upload(np.array([number[id(row.last_hidden)] for row in rows]), self._device)
         logits = logits[which]
-        state = entering_state(rows, self._device)
-        out = new_output(1, len(rows), self._device, logits.dtype)
         filtered = any(row.params.filtered for row in rows)
 
-        def draw() -> None:
+        def drawn() -> tuple[RowState, Output]:
+            state, out = entering_state(rows, self._device), new_output(1, len(rows), self._device, logits.dtype)
             advance(state, *pick(logits, state, filtered=filtered), out)
+            return state, out
 
-        self._forward.compile_once("draws", draw, self._device)
-        draw()
-        return state, out
+        self._forward.compile_once(("draws", filtered), drawn, self._device)
+        return drawn()
 
     # -- decoding ----------------------------------------------------------------------------------------------------
 

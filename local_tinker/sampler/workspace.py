@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.kernels import compile_first
 from ..model.kernels.draw import RowState, advance, draw
 from ..model.kernels.paged import PagedRows
 from ..out_of_memory import give_back, is_out_of_memory
@@ -156,7 +155,8 @@ class Workspace:
         stream.wait_stream(current)
         try:
             with torch.cuda.stream(stream):
-                compile_first(lambda: self._step(kind), self.device)
+                what = "steps", kind.filtered, kind.shape.prefixes > 0
+                self._forward.compile_once(what, lambda: self._step(kind), self.device)
                 self._step(kind)
                 record(graph, lambda: self._step(kind), pool=self._pool)
         finally:

@@ -143,7 +143,6 @@ def test_a_system_message_is_put_before_the_question(tiny_model, capsys, service
         (["MODEL", "hi", "--top-p", "0"], 2, "top_p must be in (0, 1]"),
         (["MODEL", "hi", "--top-k", "-2"], 2, "top_k must be"),
         (["MODEL", "hi", "--min-p", "2"], 2, "min_p must be"),
-        (["MODEL", "hi", "--stop", ""], 2, "stop"),
         (["MODEL", "hi", "--max-tokns", "3"], 2, "did you mean --max-tokens?"),
     ],
 )

@@ -204,6 +204,18 @@ def test_rows_decode_once_all_contexts_are_computed_or_at_once_where_text_is_awa
     assert sizes == ([1, 2, 3, 4, 3, 2, 1] if stream else [4] * 4)
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}])
+def test_what_a_run_launches_is_compiled_once_and_first_without_changing_a_draw(settings, monkeypatch):
+    asked = [Request(prompt(20, i), SamplingParams(max_tokens=5, **settings), seed=i) for i in range(3)]
+    expected = flat(engine(ToyRoad()).collect(asked, **PLAIN))
+    gathered = []
+    monkeypatch.setattr("local_tinker.sampler.forward.compile_first", lambda step, device: gathered.append(step()))
+    sampler = engine(ToyRoad())
+    for _ in range(2):
+        same(flat(sampler.collect(asked, **PLAIN)), expected)
+    assert len(gathered) == 2  # contexts and first draws; steps are recorded on a card alone
+
+
 def test_one_token_needs_no_decode_step():
     road = ToyRoad()
     ((finished,),) = engine(road, token_budget=PAGE).collect(

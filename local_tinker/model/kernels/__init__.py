@@ -29,14 +29,24 @@ if triton is not None:
         """A Triton function whose launches only compile it while `compile_first` gathers them."""
 
         def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-            gathered = _gathered.get()
+            gathered = gathering()
             if gathered is None:
-                return super().run(*args, grid=grid, warmup=warmup, **options)
+                return _compiled(super().run(*args, grid=grid, warmup=warmup, **options))
             gathered.append(super().run(*args, grid=grid, warmup=True, **options))
             return None
 
 
 _gathered: ContextVar[list[Any] | None] = ContextVar("gathered", default=None)
+
+
+def gathering() -> list[Any] | None:
+    """Where launches go while `compile_first` gathers them."""
+    return _gathered.get()
+
+
+def _compiled(kernel: Any) -> Any:
+    """The kernel itself; Triton's cache has a promise of it where a compilation side by side was interrupted."""
+    return getattr(kernel, "result", lambda: kernel)()
 
 
 def jit(function: Callable) -> Callable:
@@ -51,9 +61,10 @@ def compile_first(step: Callable[[], Any], device: torch.device) -> None:
     """Run `step` without its Triton kernels, which are compiled meanwhile, side by side; on cards only.
 
     Compiled at its first launch, a kernel takes half a second, most of it in a C compiler and an assembler, and a decoding
-    step has a dozen of them. What `step` computes without them is worth nothing, so it must change nothing that lasts.
+    step has a dozen of them. What `step` computes without them is worth nothing, so it must keep nothing of it, and change
+    nothing that it does not make again when it runs; where no kernel serves, for float64, it computes in full.
     """
-    if device.type != "cuda" or not triton_ready("cuda") or not hasattr(triton, "AsyncCompileMode"):
+    if device.type != "cuda" or interpreted() or not triton_ready("cuda") or not hasattr(triton, "AsyncCompileMode"):
         return
     gathered: list[Any] = []
     current = torch.cuda.current_device()
@@ -69,7 +80,7 @@ def compile_first(step: Callable[[], Any], device: torch.device) -> None:
                 step()
         finally:
             _gathered.reset(before)
-        made = {id(kernel): kernel for kernel in (getattr(k, "result", lambda k=k: k)() for k in gathered)}
+        made = {id(kernel): kernel for kernel in map(_compiled, gathered)}
         for loaded in [pool.submit(load, kernel) for kernel in made.values()]:
             loaded.result()
 

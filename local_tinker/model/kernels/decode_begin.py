@@ -38,7 +38,8 @@ def _embed_norm_triton(tokens, embedding, factor, before, eps, kind):
     residual = torch.empty(rows, hidden, dtype=embedding.dtype, device=embedding.device)
     out = residual if before is None else torch.empty_like(residual)
     _embed_norm[(rows,)](
-        tokens, embedding, residual if before is None else before, residual, out, hidden, eps, 1.0 if factor is None else factor,
+        tokens, embedding, residual if before is None else before, residual, out, embedding.stride(0), hidden, eps,
+        1.0 if factor is None else factor,
         SCALED=factor is not None, BEFORE=before is not None, KIND=NORMS[kind], BLOCK=power_of_two(hidden),
         num_warps=8 if hidden >= 2048 else 4, **dependent(out.device.type),
     )  # fmt: skip
@@ -47,7 +48,7 @@ def _embed_norm_triton(tokens, embedding, factor, before, eps, kind):
 
 @jit
 def _embed_norm(
-    TOKENS, EMBEDDING, BEFORE_W, RESIDUAL, OUT, hidden, eps, factor, SCALED: tl.constexpr, BEFORE: tl.constexpr,
+    TOKENS, EMBEDDING, BEFORE_W, RESIDUAL, OUT, stride, hidden, eps, factor, SCALED: tl.constexpr, BEFORE: tl.constexpr,
     KIND: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -57,7 +58,7 @@ def _embed_norm(
         before = tl.load(BEFORE_W + c, mask=inside, other=0.0)
     follow(DEPENDENT)
     kind: tl.constexpr = RESIDUAL.dtype.element_ty
-    r = tl.load(EMBEDDING + tl.load(TOKENS + row) * hidden + c, mask=inside, other=0.0)
+    r = tl.load(EMBEDDING + tl.load(TOKENS + row) * stride + c, mask=inside, other=0.0)
     if SCALED:
         r = (r.to(tl.float32) * factor).to(kind)
     tl.store(RESIDUAL + row * hidden + c, r, mask=inside)

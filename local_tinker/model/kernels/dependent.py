@@ -41,8 +41,10 @@ def dependent(device_type: str) -> dict[str, Any]:
 
 @jit
 def follow(DEPENDENT: tl.constexpr):
-    """Wait for the kernel before, then let the next one be sent out. What stands above the call may read what no kernel of
-    a step writes but the last."""
+    """Wait for the kernel before, then let the next one be sent out.
+
+    What stands above the call may read what no kernel of a step writes, and rows' lengths, which the last one writes; but
+    that one may be the kernel before the step's first, so the first reads nothing of rows there."""
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()

@@ -30,7 +30,7 @@ def _kind(value: Any) -> Any:
 
 
 if triton is not None:
-    from . import Jit
+    from . import Jit, gathering
 
     class Kernel(Jit):
         """A kernel whose run-time arguments come first and by position, its constants and options by name."""
@@ -45,9 +45,9 @@ if triton is not None:
         def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
             key = (args[0].get_device(), *map(_kind, args), *constants, *constants.values())
             known = self._known.get(key)
-            if known is None:
+            if known is None or gathering() is not None:
                 compiled = self.run(*args, grid=grid, warmup=False, **constants)
-                if compiled is not None:
+                if compiled is not None:  # it is None while launches are gathered
                     self._known[key] = compiled, tuple(constants[name] for name in self.arg_names[len(args) :])
             else:
                 compiled, values = known

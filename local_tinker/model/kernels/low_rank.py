@@ -61,13 +61,13 @@ def add_low_rank(y: Tensor, low_rank: LowRank) -> Tensor:
     return y
 
 
-def join_slices(slices: Tensor, outputs: int, up: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
+def join_slices(slices: Tensor, outputs: int, up: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """slices (S, B, >= O + R) fp32, the products of [W; A] with one slice of the inputs each -> W x + s B A x (B, O).
 
     W x and A x are rounded to `dtype` as one product would be.
 
     Args:
-        up: B (O, R), None for no adapter.
+        up: B (O, R).
     """
     if not triton_ready(slices.device.type) or dtype == torch.float64:
         return join_slices_reference(slices, outputs, up, scale, dtype)
@@ -79,18 +79,16 @@ def join_slices(slices: Tensor, outputs: int, up: Tensor | None, scale: float, d
 def join_slices_reference(slices, outputs, up, scale, dtype):
     """`join_slices` in torch operations."""
     whole = slices.sum(0).to(dtype)
-    y = whole[:, :outputs].contiguous()
-    if up is None:
-        return y
-    return LowRank(whole[:, outputs : outputs + up.shape[1]], up, scale, (0, outputs)).add_to(y)
+    thin = whole[:, outputs : outputs + up.shape[1]]
+    return LowRank(thin, up, scale, (0, outputs)).add_to(whole[:, :outputs].contiguous())
 
 
-def _launch(y: Tensor, thin: Tensor, up: Tensor | None, out: Tensor, scale: float, *, slices: int) -> None:
+def _launch(y: Tensor, thin: Tensor, up: Tensor, out: Tensor, scale: float, *, slices: int) -> None:
     count, outputs = out.shape
     bm, bn, warps = (16, 32, 2) if count <= 64 else (64, 32, 8)
     _add_low_rank[(-(-count // bm), -(-outputs // bn))](
-        y, thin, out if up is None else up, out, count, outputs, y.stride(-2), thin.stride(-2), out.stride(0),
-        y.stride(0), scale, RANK=0 if up is None else up.shape[1], SLICES=slices, BM=bm, BN=bn, num_warps=warps,
+        y, thin, up, out, count, outputs, y.stride(-2), thin.stride(-2), out.stride(0), y.stride(0), scale,
+        RANK=up.shape[1], SLICES=slices, BM=bm, BN=bn, num_warps=warps,
         **dependent(out.device.type),
     )  # fmt: skip
 
@@ -115,12 +113,10 @@ def _add_low_rank(
     c = tl.program_id(1) * BN + tl.arange(0, BN)
     ok = row < rows
     mask = ok[:, None] & (c < outputs)[None, :]
-    if RANK > 0:
-        up = load_up(UP + tl.minimum(c, outputs - 1) * RANK, RANK)
+    up = load_up(UP + tl.minimum(c, outputs - 1) * RANK, RANK)
     follow(DEPENDENT)
     y = _sum_slices(Y + row[:, None] * y_stride + c[None, :], mask, slice_stride, SLICES, kind).to(tl.float32)
-    if RANK > 0:
-        thin = THIN + row[:, None] * thin_stride + tl.arange(0, RANK)[None, :]
-        t = _sum_slices(thin, ok[:, None], slice_stride, SLICES, kind)
-        y += scale * tl.dot(t, up, input_precision="ieee")
+    t = THIN + row[:, None] * thin_stride + tl.arange(0, RANK)[None, :]
+    t = _sum_slices(t, ok[:, None], slice_stride, SLICES, kind)
+    y += scale * tl.dot(t, up, input_precision="ieee")
     tl.store(OUT + row[:, None] * out_stride + c[None, :], y.to(kind), mask=mask)

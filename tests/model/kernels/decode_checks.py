@@ -107,6 +107,18 @@ def test_attention_without_any_shared_prompt_equals_its_reference(longest, own_s
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("window", "softcap"), LIMITS)
+def test_rows_that_are_read_whole_equal_their_reference(dtype, window, softcap):
+    pages, rows = paged([1, 64, 65, 130], [-1] * 4, [], 1, own_split=256)
+    assert rows.own_splits == 1
+    keys, values = (normal(pages, 2, PAGE, 32, seed=s, dtype=dtype) for s in (1, 2))
+    q = normal(4, 6, 32, seed=3, dtype=dtype)
+    given = dict(scale=0.2, window=window, softcap=softcap)
+    expected = decode_attention_reference(q, keys, values, rows, **given)
+    torch.testing.assert_close(decode_attention(q, keys, values, rows, **given), expected, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("factor", "weighted", "kind"),
     [
@@ -207,10 +219,10 @@ def test_an_adapter_added_in_place_equals_its_reference(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("slices", "rows", "adapted"), [(2, 3, True), (4, 70, True), (2, 70, False)])
-def test_slices_of_a_product_are_joined_as_in_their_reference(dtype, slices, rows, adapted):
+@pytest.mark.parametrize(("slices", "rows"), [(2, 3), (4, 70)])
+def test_slices_of_a_product_are_joined_as_in_their_reference(dtype, slices, rows):
     parts = normal(slices, rows, 230, seed=1)
-    up = normal(200, 16, seed=2, dtype=dtype) if adapted else None
+    up = normal(200, 16, seed=2, dtype=dtype)
     expected = join_slices_reference(parts, 200, up, 0.5, dtype)
     torch.testing.assert_close(join_slices(parts, 200, up, 0.5, dtype), expected, **CLOSE[dtype])
 

@@ -35,6 +35,27 @@ def test_while_launches_are_gathered_they_compile_and_do_not_run(made, launched)
     assert gathered == ["compiled"] and [warmup for _, warmup, _ in launched] == [True]
     kernel[(1,)](x, 4, BLOCK=4)
     assert [warmup for _, warmup, _ in launched] == [True, False] and len(gathered) == 1
+    token = kernels._gathered.set(gathered)  # also one that is known already
+    kernel[(1,)](x, 4, BLOCK=4)
+    kernels._gathered.reset(token)
+    assert [warmup for _, warmup, _ in launched] == [True, False, True] and len(gathered) == 2
+
+
+@pytest.mark.parametrize("made", [kernels.Jit, Kernel])
+def test_the_promise_of_an_interrupted_compilation_is_kept_before_a_launch_remembers_it(made, monkeypatch):
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *args: None
+
+    class Promise:
+        def result(self):
+            return Compiled()
+
+    monkeypatch.setattr(triton.JITFunction, "run", lambda self, *args, **options: Promise())
+    kernel, x = made(add_rows), torch.zeros(4)
+    assert isinstance(kernel.run(x, 4, BLOCK=4, grid=(1,), warmup=False), Compiled)
+    for _ in range(2):
+        kernel[(1,)](x, 4, BLOCK=4)
 
 
 def test_on_a_cpu_nothing_is_compiled_and_the_step_is_left_alone():
