@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import ModelError
 from .agree import Seen
 from .attention import Attend, VarlenCausal
 from .group import GroupLora, ProjectionGroup
+from .kernels.decode_begin import embed
 from .kernels.rope import Angles, HeadLayout
 from .layer import DecoderBody, DecoderPass
 from .layer_parts import LayerWeights, Pairs, PassInputs
@@ -111,8 +111,7 @@ class FastRoad:
         return Seen((self.embed(tokens), *forced.given[1:]), made, run.final(made[-1]))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        h = F.embedding(tokens, self.weights.embedding.detach())
-        return h if self.embedding_scale is None else h * self.embedding_scale
+        return embed(tokens, self.weights.embedding.detach(), self.embedding_scale)
 
     def _angles(self, positions: Tensor) -> dict[str, Angles]:
         """cos and sin (N, 1, J) of every rotary kind, in the type that multiplies q and k."""

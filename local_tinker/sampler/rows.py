@@ -142,16 +142,16 @@ def table_shape(
     # each. Those of a shared prompt also leave partial results for every reader, smaller ones where heads are narrow.
     narrow = max(1, 256 // head_bytes)
     busy = processors * narrow
+    own_split = _own_split(rows * kv_heads, own_tokens, processors, busy, beside=prefixes > 0)
+    prefix_split = _split(prefixes * kv_heads, prefix_tokens, 128, busy * narrow)
     return TableShape(
         rows=rows,
         own_pages=max(1, pages_for(own_tokens)),
         prefixes=prefixes,
         prefix_pages=max(1, pages_for(prefix_tokens)),
         readers=readers,
-        own_split=FIXED_SPLIT
-        if fixed
-        else _own_split(rows * kv_heads, own_tokens, processors, busy, beside=prefixes > 0),
-        prefix_split=FIXED_SPLIT if fixed else _split(prefixes * kv_heads, prefix_tokens, 128, busy * narrow),
+        own_split=FIXED_SPLIT if fixed else own_split,
+        prefix_split=FIXED_SPLIT if fixed else prefix_split,
         fixed=fixed,
     )
 

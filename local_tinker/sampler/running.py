@@ -66,8 +66,14 @@ class Running:
         try:
             if self._run is None:
                 self._work = self._engine.take(self._scheduler.pool.pages)
-                kind = dict(fixed=self._fixed, stream=self._stream)
-                self._run = Run(self._engine.forward, self._work, self._scheduler, self._groups, **kind)
+                self._run = Run(
+                    self._engine.forward,
+                    self._work,
+                    self._scheduler,
+                    self._groups,
+                    fixed=self._fixed,
+                    stream=self._stream,
+                )
                 self._engine.forward.bind(*self._adapter, anew=True)
             if self._round is None:
                 self._engine.forward.bind(*self._adapter)  # another run may have had its turn

@@ -51,10 +51,14 @@ def _compiled(kernel: Any) -> Any:
 
 def jit(function: Callable) -> Callable:
     """triton.jit; without Triton the source stays as it is, and `triton_ready` keeps it from being called."""
-    if triton is None:
-        return function
-    made = triton.jit(function)
-    return Jit(function) if type(made) is triton.JITFunction else made  # the interpreter compiles nothing
+    return function if triton is None else jit_as(Jit, function)
+
+
+def jit_as(kind: type, function: Callable, **options: Any) -> Any:
+    """triton.jit with a class of ours; the interpreter, which compiles nothing, gets Triton's own."""
+    if triton.knobs.runtime.interpret:
+        return triton.jit(function, **options)
+    return kind(function, **options)
 
 
 def compile_first(step: Callable[[], Any], device: torch.device) -> None:

@@ -15,6 +15,12 @@ from .dependent import dependent, follow
 from .norm import rms_norm
 
 
+def embed(tokens: Tensor, embedding: Tensor, factor: float | None) -> Tensor:
+    """tokens (...,), embedding (V, H) -> (..., H), times `factor`."""
+    h = F.embedding(tokens, embedding)
+    return h if factor is None else h * factor
+
+
 def embed_norm(
     tokens: Tensor, embedding: Tensor, factor: float | None, before: Tensor | None, *, eps: float, kind: str
 ) -> tuple[Tensor, Tensor]:
@@ -27,9 +33,7 @@ def embed_norm(
 
 def embed_norm_reference(tokens, embedding, factor, before, *, eps, kind):
     """`embed_norm` in torch operations."""
-    residual = F.embedding(tokens, embedding)
-    if factor is not None:
-        residual = residual * factor
+    residual = embed(tokens, embedding, factor)
     return residual, residual if before is None else rms_norm(residual, before, eps, kind)
 
 

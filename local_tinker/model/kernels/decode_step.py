@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import jit, power_of_two, tl, triton_ready
 from .dependent import dependent, follow
-from .low_rank import LowRank, load_up, low_rank_tile
+from .low_rank import LowRank, load_up, low_rank_tile, tile_of
 from .norm import rms_norm
 from .paged import PagedRows, write_places
 from .rope import rotate
@@ -297,10 +297,7 @@ def _gated(
     GATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     kind: tl.constexpr = OUT.dtype.element_ty
-    row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
-    c = tl.program_id(1) * BN + tl.arange(0, BN)
-    ok = row < rows
-    mask = ok[:, None] & (c < size)[None, :]
+    row, c, ok, mask = tile_of(rows, size, BM, BN)
     if PARTS > 0:
         line = tl.minimum(c, size - 1)
         up_gate = load_up(UP + line * RANK, RANK)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import triton
+from . import jit_as, triton
 
 _INT32 = 2**31
 
@@ -55,8 +55,5 @@ if triton is not None:
 
 
 def kernel(function: Callable | None = None, **options: Any) -> Callable:
-    """triton.jit for what the host launches; the interpreter, which compiles nothing, gets Triton's own."""
-    if function is None:
-        return partial(kernel, **options)
-    made = triton.jit(function, **options)
-    return Kernel(function, **options) if type(made) is triton.JITFunction else made
+    """triton.jit for what the host launches."""
+    return partial(kernel, **options) if function is None else jit_as(Kernel, function, **options)

@@ -47,10 +47,28 @@ def load_up(up_row, RANK: tl.constexpr):
 
 
 @jit
-def low_rank_tile(thin_row, up, ok, RANK: tl.constexpr):
-    """thin_row (BM, 1) pointers and B^T (RANK, BN) -> t B^T (BM, BN) in fp32."""
-    thin = tl.load(thin_row + tl.arange(0, RANK)[None, :], mask=ok[:, None], other=0.0)
+def _sum_slices(at, mask, step, SLICES: tl.constexpr, TYPE: tl.constexpr):
+    """What stands at `at` in every slice, added up and rounded."""
+    total = tl.load(at, mask=mask, other=0.0)
+    for i in tl.static_range(1, SLICES):
+        total += tl.load(at + i * step, mask=mask, other=0.0)
+    return total.to(TYPE)
+
+
+@jit
+def low_rank_tile(thin_row, up, ok, RANK: tl.constexpr, slice_stride=0, SLICES: tl.constexpr = 1):
+    """thin_row (BM, 1) pointers and B^T (RANK, BN) -> t B^T (BM, BN) in fp32; t is the sum of SLICES."""
+    thin = _sum_slices(thin_row + tl.arange(0, RANK)[None, :], ok[:, None], slice_stride, SLICES, up.dtype)
     return tl.dot(thin, up, input_precision="ieee")
+
+
+@jit
+def tile_of(rows, columns, BM: tl.constexpr, BN: tl.constexpr):
+    """This program's rows and columns, which rows there are, and which of the tile."""
+    row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    ok = row < rows
+    return row, column, ok, ok[:, None] & (column < columns)[None, :]
 
 
 def add_low_rank(y: Tensor, low_rank: LowRank) -> Tensor:
@@ -94,29 +112,15 @@ def _launch(y: Tensor, thin: Tensor, up: Tensor, out: Tensor, scale: float, *, s
 
 
 @jit
-def _sum_slices(at, mask, step, SLICES: tl.constexpr, TYPE: tl.constexpr):
-    """What stands at `at` in every slice, added up and rounded."""
-    total = tl.load(at, mask=mask, other=0.0)
-    for i in tl.static_range(1, SLICES):
-        total += tl.load(at + i * step, mask=mask, other=0.0)
-    return total.to(TYPE)
-
-
-@jit
 def _add_low_rank(
     Y, THIN, UP, OUT, rows, outputs, y_stride, thin_stride, out_stride, slice_stride, scale, RANK: tl.constexpr,
     SLICES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """OUT = Y + scale * THIN UP^T, Y and THIN being sums of SLICES."""
     kind: tl.constexpr = OUT.dtype.element_ty
-    row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
-    c = tl.program_id(1) * BN + tl.arange(0, BN)
-    ok = row < rows
-    mask = ok[:, None] & (c < outputs)[None, :]
+    row, c, ok, mask = tile_of(rows, outputs, BM, BN)
     up = load_up(UP + tl.minimum(c, outputs - 1) * RANK, RANK)
     follow(DEPENDENT)
     y = _sum_slices(Y + row[:, None] * y_stride + c[None, :], mask, slice_stride, SLICES, kind).to(tl.float32)
-    t = THIN + row[:, None] * thin_stride + tl.arange(0, RANK)[None, :]
-    t = _sum_slices(t, ok[:, None], slice_stride, SLICES, kind)
-    y += scale * tl.dot(t, up, input_precision="ieee")
+    y += scale * low_rank_tile(THIN + row[:, None] * thin_stride, up, ok, RANK, slice_stride, SLICES)
     tl.store(OUT + row[:, None] * out_stride + c[None, :], y.to(kind), mask=mask)
